@@ -73,7 +73,8 @@ def receiver_peaks_at_global_peaks(receiver_fai: Tensor, global_fai: Tensor, fra
 def fai_peaks_after_waad_peaks(fai: Tensor, waad: Tensor, fraction: float = 0.3) -> Coupling:
     """Share of FAI peaks at or one token after a WAAD peak, against shuffled FAI peaks; both (n,).
 
-    Table 2, third statistic. The mean over all shuffles is exact: the share of tokens with a defined FAI that are at or one after a WAAD peak.
+    Table 2, third statistic. The mean over all shuffles is exact: the share of tokens with a defined FAI that are
+    at or one after a WAAD peak.
     """
     defined = ~fai.isnan()
     anchors, planning = peaks(fai, fraction), peaks(waad, fraction)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 SCHEMES = ("none", "local", "global", "coupled", "random", "entropy")
 BOTTOM_SCHEMES = ("local_bottom", "global_bottom", "coupled_bottom", "entropy_bottom")
-# The two versions of the paper differ in the advantages that are scaled and in FAI's horizon (least, greatest distance).
+# The paper's two versions differ in the advantages that are scaled and in FAI's horizon (least, greatest distance).
 PRESET_GAMMA_SIGN = {"paper_v2": "both", "paper_v1": "pos"}
 PRESET_FAI_HORIZON = {"paper_v2": (10, 100), "paper_v1": (10, 50)}
 
