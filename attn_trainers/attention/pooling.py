@@ -22,8 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 QUERY_BLOCK = 256
 """Queries handled at once in sliding-window layers."""
 
-SCORE_BUDGET = 2**21
-"""Attention scores held at once where a kernel cannot be used: 8 MiB of float32."""
+SCORE_BUDGET = 2**22
+"""Attention weights held at once where they are needed themselves: 16 MiB of float32."""
 
 
 def membership(starts: Sequence[int], ends: Sequence[int], first: int, last: int, query: Tensor) -> Tensor:
@@ -178,3 +178,49 @@ def _pool_windowed(
             value = membership(starts[c:c_end], ends[c:c_end], begin, last, query)
             mass = fused_attention(query[:, first:last], key[:, begin:last], value, scaling, mask=mask)
             sums[:, c:c_end] += rows.weighted(mass[..., : c_end - c], first, c)
+
+
+def row_weights(
+    query: Tensor, key: Tensor, scaling: float, sliding_window: int | None, rows: range, first_key: int
+) -> tuple[Tensor, Tensor]:
+    """Attention weights of consecutive query rows on the keys from `first_key` to the last row, normalised over these.
+
+    Args:
+        query: (H, n, D).
+        key: (Hkv, n, D).
+        scaling: factor of the logits.
+        sliding_window: tokens a query sees, itself included; None for all.
+        rows: the query rows.
+        first_key: first key, at or before the first row.
+
+    Returns:
+        (H, R, K) float32 weights, and (R, K) distances from row to key (negative for keys after the row).
+    """
+    columns = slice(first_key, rows.stop)
+    queries = query[:, rows.start : rows.stop].float() * scaling  # (H, R, D)
+    keys = key[:, columns].float()  # (Hkv, K, D)
+    scores = queries.reshape(key.shape[0], -1, query.shape[-1]) @ keys.transpose(1, 2)  # (Hkv, H / Hkv · R, K)
+    scores = scores.view(query.shape[0], len(rows), -1)
+    position = torch.arange(first_key, rows.stop, device=query.device)
+    distance = position[rows.start - first_key :, None] - position  # (R, K)
+    hidden = distance < 0 if sliding_window is None else (distance < 0) | (distance >= sliding_window)
+    return scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1), distance
+
+
+def received_attention(
+    query: Tensor, key: Tensor, scaling: float, sliding_window: int | None, heads: list[int], first_row: int
+) -> Tensor:
+    """Attention that every token receives in the given heads from the rows `first_row` to the last, summed over rows.
+
+    Returns:
+        (len(heads), n) float32; each head sums to the number of rows.
+    """
+    length, group = query.shape[1], query.shape[0] // key.shape[0]
+    query, key = query[heads], key[[head // group for head in heads]]
+    received = torch.zeros(len(heads), length, dtype=torch.float32, device=query.device)
+    size = max(1, SCORE_BUDGET // (len(heads) * length))
+    for first in range(first_row, length, size):
+        rows = range(first, min(first + size, length))
+        weights, _ = row_weights(query, key, scaling, sliding_window, rows, 0)
+        received[:, : rows.stop] += weights.sum(dim=1)
+    return received

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attn_trainers.attention.capture import LayerAttention
-from attn_trainers.attention.pooling import lagged_step_attention
+from attn_trainers.attention.pooling import lagged_step_attention, received_attention
 
 
 StepRanges = Sequence[Sequence[tuple[int, int]]]
@@ -59,6 +59,22 @@ def check_ranges(ranges: StepRanges, counts: Sequence[int]) -> list[list[tuple[i
                 )
             previous = end
         checked.append(steps)
+    return checked
+
+
+def check_positions(field: str, positions: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """One position per row, each from 0 to the row's number of real tokens; 0 for rows without real tokens."""
+    if len(positions) != len(counts):
+        raise ValueError(f"{field} has {len(positions)} entries, attention_mask {len(counts)} rows; pass one per row.")
+    checked = []
+    for row, (position, count) in enumerate(zip(positions, counts, strict=True)):
+        position = int(position) if count else 0
+        if not 0 <= position <= count:
+            raise ValueError(
+                f"{field}[{row}]={position}: must be from 0 to {count}, the number of real tokens; positions leave "
+                "padding out."
+            )
+        checked.append(position)
     return checked
 
 
@@ -165,3 +181,71 @@ class InfluenceObserver(BatchObserver):
         """
         self.check_complete()
         return self._influence
+
+
+class KeyFocusObserver(BatchObserver):
+    """Attention of the final answer to every thinking step in the key-focus heads (AttnPO, section on step scores).
+
+    S_k = (1 / |s_k|) sum over answer tokens m and tokens n of step k of the attention weight m -> n: a sum over the
+    answer's rows, a mean over the step's tokens. The weights are those over the whole context. Work is done in the
+    layers that own a head, for the answer's rows only.
+
+    Args:
+        attention_mask: (B, T), 1 for real tokens.
+        step_ranges: per row, half-open (start, end) ranges of the thinking steps, counted from the first real token.
+        answer_starts: per row, position of the first answer token; the answer ends with the sequence.
+        heads: (layer, query head) pairs, from 0.
+        average: whether to average over the heads.
+
+    Raises:
+        ValueError: for ranges or starts outside the sequence, no heads, or a head given twice.
+    """
+
+    def __init__(
+        self,
+        attention_mask: Tensor,
+        step_ranges: StepRanges,
+        answer_starts: Sequence[int],
+        heads: Sequence[tuple[int, int]],
+        average: bool = True,
+    ):
+        self.heads = [(int(layer), int(head)) for layer, head in heads]
+        if not self.heads or len(set(self.heads)) != len(self.heads):
+            raise ValueError(f"heads={list(heads)}: give at least one (layer, head) pair, and each pair once.")
+        super().__init__(attention_mask, layers=frozenset(layer for layer, _ in self.heads))
+        self.steps = check_ranges(step_ranges, [count for _, count in self.spans])
+        self.answer_starts = check_positions("answer_starts", answer_starts, [count for _, count in self.spans])
+        self.average = average
+        self._scores = [
+            torch.zeros(len(self.heads), len(steps), dtype=torch.float32, device=attention_mask.device)
+            for steps in self.steps
+        ]
+
+    def observe_sequence(self, row: int, query: Tensor, key: Tensor, layer: LayerAttention) -> None:
+        places = [place for place, (layer_idx, _) in enumerate(self.heads) if layer_idx == layer.layer_idx]
+        heads = [self.heads[place][1] for place in places]
+        if not 0 <= min(heads) <= max(heads) < query.shape[0]:
+            raise ValueError(
+                f"heads={heads} of layer {layer.layer_idx}: the model has heads up to {query.shape[0] - 1}."
+            )
+        if not self.steps[row] or self.answer_starts[row] == query.shape[1]:
+            return
+        received = received_attention(
+            query, key, layer.scaling, layer.sliding_window, heads, self.answer_starts[row]
+        )  # (heads, n)
+        # In float64, so that the difference of two running sums is exact enough for a step of one token.
+        running = torch.nn.functional.pad(received.double().cumsum(dim=-1), (1, 0))
+        starts, ends = torch.tensor(self.steps[row], device=running.device).T  # (steps,) each
+        means = (running[:, ends] - running[:, starts]) / (ends - starts)
+        self._scores[row][places] = means.to(self._scores[row])
+
+    def result(self) -> list[Tensor]:
+        """Per row (num_steps,) float32 scores or, without averaging, (num_heads, num_steps) in the order of `heads`.
+
+        Zero where the answer has no token; no steps for a row without real tokens.
+
+        Raises:
+            ValueError: where a layer has not shown every row.
+        """
+        self.check_complete()
+        return [scores.mean(dim=0) if self.average else scores for scores in self._scores]
