@@ -1,0 +1,178 @@
+"""Labels for reasoning steps, essential or redundant, without an outside model.
+
+AttnPO (arXiv 2602.09953) labels the steps of correct responses by the consensus of three judge models. Two rules that
+need no judge are given here: what comes after the correct answer was first derived is redundant; and a step is
+essential as far as the answer becomes less likely without it. Labels of any judge can be put in the same file.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+ESSENTIAL, REDUNDANT = "essential", "redundant"
+
+
+@dataclass
+class LabelledCompletion:
+    """A correct response and the labels of its reasoning steps: one line of a label file.
+
+    Attributes:
+        problem: The problem.
+        answer: Its reference answer.
+        completion: The response, for people and judges.
+        completion_ids: Its sampled token ids.
+        step_ranges: Half-open (start, end) token ranges of the steps, relative to the completion.
+        step_texts: Their texts.
+        labels: "essential", "redundant" or None for each step.
+    """
+
+    problem: str
+    answer: str
+    completion: str
+    completion_ids: list[int]
+    step_ranges: list[tuple[int, int]]
+    step_texts: list[str]
+    labels: list[str | None]
+
+    def __post_init__(self):
+        self.step_ranges = [(int(start), int(end)) for start, end in self.step_ranges]
+        if not len(self.step_ranges) == len(self.step_texts) == len(self.labels):
+            raise ValueError(
+                f"{len(self.step_ranges)} step_ranges, {len(self.step_texts)} step_texts and {len(self.labels)} labels"
+                ": give one of each per step"
+            )
+        for label in self.labels:
+            if label not in (ESSENTIAL, REDUNDANT, None):
+                raise ValueError(f"label {label!r} must be 'essential', 'redundant' or null")
+        previous_end = 0
+        for start, end in self.step_ranges:
+            if not previous_end <= start < end <= len(self.completion_ids):
+                raise ValueError(f"step range ({start}, {end}) is empty, overlaps or leaves the completion")
+            previous_end = end
+
+    @property
+    def essential(self) -> Tensor:
+        """(num_steps,) bool."""
+        return torch.tensor([label == ESSENTIAL for label in self.labels], dtype=torch.bool)
+
+    @property
+    def redundant(self) -> Tensor:
+        """(num_steps,) bool."""
+        return torch.tensor([label == REDUNDANT for label in self.labels], dtype=torch.bool)
+
+
+def write_labels(path: str | Path, completions: Iterable[LabelledCompletion]) -> None:
+    """Write a label file, one JSON object a line."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for completion in completions:
+            file.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+
+
+def read_labels(path: str | Path) -> Iterator[LabelledCompletion]:
+    """Read a label file.
+
+    Raises:
+        ValueError: A line is malformed; the message names it.
+    """
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield LabelledCompletion(**json.loads(line))
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+# What stands before a value that is being concluded, and what may stand between.
+_CONCLUDES = r"(?:=|≈|:|\b(?:is|are|be|get|gets|gives|equals|yields)|\\boxed\s*\{)[\s$*({\[\\]*"
+_NOT_AN_OPERAND = r"(?![\w^]|[.,]\d|\s*(?:[-+*/]|\\(?:times|cdot|div|pm)\b)\s*[\w\\(])"
+
+
+def concludes_answer(step_text: str, answer: str) -> bool:
+    """Whether a step concludes with the answer as a value: "= 42", "is 42", "\\boxed{42}", not a mere "42" in passing.
+
+    White space, thousands separators and the size of fractions and brackets make no difference. Words are English.
+    """
+    value = _normalised(answer)
+    if not value:
+        return False
+    pattern = _CONCLUDES + re.escape(value) + _NOT_AN_OPERAND
+    return re.search(pattern, _normalised(step_text)) is not None
+
+
+def _normalised(text: str) -> str:
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\\left|\\right|\\[,!;]", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    return re.sub(r"\s+", " ", text).strip(" $")
+
+
+def label_after_answer(concludes: Sequence[bool], kinds: Sequence[str] | None = None) -> list[str | None]:
+    """Label by position: redundant is what comes after the step that first derives the correct answer.
+
+    """Whether a step concludes with the answer as a value: "= 42", "is 42", "\\boxed{42}", not "42" in passing.
+    restate the answer by design.
+
+    Args:
+        concludes: For each step, whether it derives the correct answer, e.g. by `concludes_answer`.
+        kinds: Kind of each step.
+
+    Returns:
+        A label or None per step; all None if no step derives the answer.
+    """
+    kinds = ["forward"] * len(concludes) if kinds is None else kinds
+    labels: list[str | None] = []
+    derived = False
+    for concluding, kind in zip(concludes, kinds, strict=True):
+        if kind == "final":
+            labels.append(None)
+        elif derived:
+            labels.append(REDUNDANT)
+        else:
+            labels.append(ESSENTIAL if concluding else None)
+        derived = derived or bool(concluding)
+    return labels
+
+
+def label_by_likelihood(
+    drops: Sequence[float], *, essential_share: float = 0.25, min_drop: float = 1.0, max_change: float = 0.1
+) -> list[str | None]:
+    """Label by what removal does to the answer.
+
+    Essential are the steps whose removal lowers the log-likelihood of the answer most, redundant those whose removal
+    does not lower it. What lies between stays unlabelled.
+
+    Args:
+        drops: (num_steps,) log p(answer | all steps) - log p(answer | without this step), teacher-forced and summed
+            over the answer's tokens, in nats.
+        essential_share: At most this share of the steps, rounded up, is essential.
+        min_drop: Least drop of an essential step.
+        max_change: Largest drop of a redundant step. A step whose removal raises the likelihood is redundant too.
+
+    Returns:
+        A label or None per step; None for a drop that is not finite.
+
+    Raises:
+        ValueError: `essential_share` lies outside (0, 1], or max_change is not below min_drop.
+    """
+    if not 0.0 < essential_share <= 1.0:
+        raise ValueError(f"essential_share={essential_share} must lie in (0, 1]")
+    if not 0.0 <= max_change < min_drop:
+        raise ValueError(f"max_change={max_change} must be at least 0 and below min_drop={min_drop}")
+    limit = math.ceil(essential_share * len(drops))
+    finite = [index for index, drop in enumerate(drops) if math.isfinite(drop)]
+    most = sorted(finite, key=lambda index: drops[index], reverse=True)[:limit]
+    labels: list[str | None] = [None] * len(drops)
+    for index in finite:
+        if drops[index] <= max_change:
+            labels[index] = REDUNDANT
+        elif index in most and drops[index] >= min_drop:
+            labels[index] = ESSENTIAL
+    return labels
