@@ -109,7 +109,7 @@ def concludes_answer(step_text: str, answer: str) -> bool:
 
 def _normalised(text: str) -> str:
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\left|\\right|\\[,!;]", "", text)
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,!;]", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return re.sub(r"\s+", " ", text).strip(" $")
 
@@ -117,8 +117,8 @@ def _normalised(text: str) -> str:
 def label_after_answer(concludes: Sequence[bool], kinds: Sequence[str] | None = None) -> list[str | None]:
     """Label by position: redundant is what comes after the step that first derives the correct answer.
 
-    """Whether a step concludes with the answer as a value: "= 42", "is 42", "\\boxed{42}", not "42" in passing.
-    restate the answer by design.
+    That step is essential. Steps before it may be detours or not and stay unlabelled, as do those of kind "final",
+    which restate the answer by design.
 
     Args:
         concludes: For each step, whether it derives the correct answer, e.g. by `concludes_answer`.

@@ -33,6 +33,8 @@ E, R = "essential", "redundant"
         ("a total of $= 1,234,567$", "1234567", True),
         ("the sum is \\dfrac{1}{2}", "\\frac{1}{2}", True),
         ("**Final Answer**: (3, 4)", "(3, 4)", True),
+        ("the point is \\left(3,\\,4\\right)", "(3,4)", True),
+        ("f = \\leftarrow 4", "arrow 4", False),
         ("x = 3", "", False),
     ],
 )
