@@ -1,8 +1,8 @@
 r"""Rewards for mathematical reasoning: is the final answer right, is it boxed.
 
-`math_accuracy` reads the answer from the text after the last `</think>` (the whole text where there is none): the last
-`\boxed{}` if there is one, otherwise what math-verify finds. Equal strings and plain numbers are settled here, all else
-by math-verify in worker processes with a time and a memory limit (`attn_trainers.grading`).
+`math_accuracy` reads the answer from the text after the last `</think>` (the whole text where there is none): the
+last `\boxed{}` if there is one, otherwise what math-verify finds. Equal strings and plain numbers are settled here,
+all else by math-verify in worker processes with a time and a memory limit (`attn_trainers.grading`).
 
 `think_format_reward` and `get_soft_overlong_punishment` are TRL's own, for `reward_funcs=[...]` from one place.
 """
@@ -34,6 +34,7 @@ _SPACE_OUTSIDE_NUMBERS = re.compile(r"(?<![0-9]) | (?![0-9])")  # "3 1/2" is not
 _DECIMAL = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.([0-9]*))?(?:[eE]([-+]?[0-9]{1,3}))?")
 _SCIENTIFIC = re.compile(r"([-+]?[0-9.]+)(?:\\times|\\cdot|×)10\^(?:\{([-+]?[0-9]{1,3})\}|([0-9]))")
 _FRACTION = re.compile(r"([-+]?)(?:\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}|\\frac([0-9])([0-9])|([0-9]+)/([0-9]+))")
+_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
 _DEGREES = re.compile(r"(?:\^\{?\\circ\}?|\\degree|°)$")
 _WITH_UNIT = re.compile(r"([-+]?[0-9][0-9.,/]*)((?: [A-Za-z]{3,}){1,3})")
 _NUMBER_WORDS = re.compile(
@@ -138,8 +139,12 @@ def _number(answer: str) -> Fraction | None:
 
 def _settle(answer: str, gold: str) -> bool | None:
     """Whether an answer is right, where strings or plain numbers decide it; None where they do not."""
-    if _normal_form(answer) == _normal_form(gold):
+    answer_form, gold_form = _normal_form(answer), _normal_form(gold)
+    if answer_form == gold_form:
         return True
+    with_base, gold_with_base = _WITH_BASE.fullmatch(answer_form), _WITH_BASE.fullmatch(gold_form)
+    if with_base and gold_with_base:  # math-verify does not see the base
+        return with_base.groups() == gold_with_base.groups()
     a, b = _number(answer), _number(gold)
     if a is None or b is None:
         return None
