@@ -125,6 +125,17 @@ def test_byte_fallback_tokens_share_their_character():
     assert spans == [(0, 2)] + [(2, 3)] * 3 + [(3, 4)] * 4 + [(4, 7)]
 
 
+@settings(deadline=None, max_examples=150)
+@given(ids=st.lists(st.integers(0, len(LLAMA) - 1), max_size=120))
+def test_spans_cover_the_text_of_any_ids_with_byte_fallback(ids):
+    text, spans = token_char_spans(LLAMA, ids)
+    covered = previous = 0
+    for start, end in spans:
+        assert previous <= start <= covered <= end
+        previous, covered = start, end
+    assert (len(spans), covered) == (len(ids), len(text))
+
+
 def test_decoder_that_drops_incomplete_characters():
     text = "答案是🙂四十二。" * 12
     decoded, spans = token_char_spans(BYT5, BYT5.encode(text, add_special_tokens=False))
