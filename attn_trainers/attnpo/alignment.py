@@ -46,8 +46,8 @@ def token_char_spans(tokenizer, ids: Sequence[int]) -> tuple[str, list[tuple[int
     may be a character whose bytes are spread over several tokens; it waits for the next token. Linear in the number of
     ids.
 
-    The text is that of decoding all ids at once, but for a run of SentencePiece byte tokens with an invalid byte: there,
-    decoding at once replaces the run's valid characters too, while some of them may be kept here.
+    The text is that of decoding all ids at once, but for a run of SentencePiece byte tokens with an invalid byte:
+    there, decoding at once replaces the run's valid characters too, while some of them may be kept here.
 
     Args:
         tokenizer: A transformers tokenizer.
