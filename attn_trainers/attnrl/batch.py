@@ -1,0 +1,194 @@
+"""From the trees of many prompts to micro-batches of training rows, the same on every rank.
+
+All functions are pure: given the prompts in one order, every rank computes the same arrangement and takes its own part.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .rollouts import PromptRollouts
+from .trees import has_signal, tree_paths
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One leaf of a tree: a whole completion with an advantage per token.
+
+    Attributes:
+        prompt_ids: tokens of the prompt.
+        completion_ids: tokens of the completion.
+        advantages: (n,) float32.
+        old_logps: (n,) float32; entries from `fresh_from` on are not known yet and hold 0.
+        sampling_logps: (n,) float32, NaN where the sampler gave none.
+        fresh_from: first token whose old log-prob comes from a forward just before the update: the length of the
+            initial rollout's part.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    advantages: np.ndarray
+    old_logps: np.ndarray
+    sampling_logps: np.ndarray
+    fresh_from: int
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @classmethod
+    def unscored(cls, prompt_ids: list[int], completion_ids: list[int]) -> "TrainingRow":
+        """A row of which nothing but the tokens is known."""
+        nothing = np.zeros(len(completion_ids), dtype=np.float32)
+        return cls(prompt_ids, completion_ids, nothing, nothing, nothing, fresh_from=0)
+
+
+def _sampling_logps(logps: np.ndarray | None, length: int) -> np.ndarray:
+    return np.full(length, np.nan, dtype=np.float32) if logps is None else logps[:length]
+
+
+def training_rows(prompt: PromptRollouts, train_unexpanded: bool) -> list[TrainingRow]:
+    """Rows of one prompt: one per leaf of its expanded trees, and per unexpanded rollout if wanted (attnrl 5.3, 5.4)."""
+    rows = []
+    for path in tree_paths(prompt.trees()):
+        rollout = prompt.rollouts[path.tree]
+        if not rollout.branches and not train_unexpanded:
+            continue
+        num_tokens = len(path.tokens)
+        if path.leaf == 0:
+            fresh_from = num_tokens
+            sampling = _sampling_logps(rollout.sampling_logps, num_tokens)
+        else:
+            branch = rollout.branches[path.leaf - 1]
+            fresh_from = branch.offset
+            head = _sampling_logps(rollout.sampling_logps, fresh_from)
+            sampling = np.concatenate([head, _sampling_logps(branch.sampling_logps, len(branch.tokens))])
+        old_logps = np.zeros(num_tokens, dtype=np.float32)
+        old_logps[:fresh_from] = rollout.old_logps[:fresh_from]
+        advantages = np.asarray(path.advantages, dtype=np.float32)
+        rows.append(TrainingRow(prompt.prompt_ids, path.tokens, advantages, old_logps, sampling, fresh_from))
+    return rows
+
+
+def prompt_rows(prompt: PromptRollouts, train_unexpanded: bool) -> list[TrainingRow]:
+    """Rows of a prompt that carry signal: none if it was filtered, or if its leaves all got the same reward (4.3)."""
+    if prompt.filtered or not has_signal(prompt.trees(), include_unexpanded=train_unexpanded):
+        return []
+    return training_rows(prompt, train_unexpanded)
+
+
+def fit_capacity(row_counts: Sequence[int], capacity: int) -> list[int]:
+    """Indices of the prompts that are trained on: whole prompts in their order, each that still fits."""
+    kept, used = [], 0
+    for index, count in enumerate(row_counts):
+        if used + count <= capacity:
+            kept.append(index)
+            used += count
+    return kept
+
+
+def arrange_rows(
+    rows: Sequence[TrainingRow], num_micro_batches: int, num_ranks: int, rows_per_rank: int, seed: str
+) -> list[list[list[TrainingRow | None]]]:
+    """Spread rows over micro-batches and ranks.
+
+    Rows of like length share a micro-batch, so that little of it is padding and the ranks take alike long; the order of
+    the micro-batches is shuffled, so that each update sees all lengths. Missing rows are `None`, spread evenly.
+
+    Args:
+        rows: at most `num_micro_batches * num_ranks * rows_per_rank`.
+        num_micro_batches: micro-batches of a generation batch.
+        num_ranks: ranks.
+        rows_per_rank: rows of a micro-batch on one rank.
+        seed: of the order.
+
+    Returns:
+        `[micro_batch][rank][row]`; the rows of micro-batch i over all ranks depend on the total rows per micro-batch
+        only, not on how many ranks share them.
+    """
+    width = num_ranks * rows_per_rank
+    if len(rows) > num_micro_batches * width:
+        raise ValueError(f"{len(rows)} rows exceed the capacity of {num_micro_batches} micro-batches of {width} rows.")
+    ordered = sorted(rows, key=lambda row: row.length, reverse=True)
+    quotient, remainder = divmod(len(ordered), num_micro_batches)
+    micro_batches, start = [], 0
+    for index in range(num_micro_batches):
+        count = quotient + (index < remainder)
+        group = list(ordered[start : start + count]) + [None] * (width - count)
+        micro_batches.append([group[rank::num_ranks] for rank in range(num_ranks)])
+        start += count
+    random.Random(seed).shuffle(micro_batches)
+    return micro_batches
+
+
+def collate(rows: Sequence[TrainingRow | None], pad_token_id: int) -> dict[str, Tensor]:
+    """Tensors of one micro-batch on one rank, prompts padded on the left and completions on the right.
+
+    A row that is `None` becomes one prompt token and one masked completion token: the forward and backward run over it,
+    the loss and its normaliser do not see it.
+
+    Returns:
+        `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `advantages`, `old_per_token_logps`,
+        `sampling_per_token_logps`, `fresh_mask` (B, T), the last one marking the tokens whose old log-prob is missing.
+    """
+    prompt_width = max([len(row.prompt_ids) for row in rows if row is not None], default=1)
+    width = max([len(row.completion_ids) for row in rows if row is not None], default=1)
+    num_rows = len(rows)
+    batch = {
+        "prompt_ids": torch.full((num_rows, prompt_width), pad_token_id),  # (B, P)
+        "prompt_mask": torch.zeros((num_rows, prompt_width), dtype=torch.long),  # (B, P)
+        "completion_ids": torch.full((num_rows, width), pad_token_id),  # (B, T)
+        "completion_mask": torch.zeros((num_rows, width), dtype=torch.long),  # (B, T)
+        "advantages": torch.zeros((num_rows, width)),  # (B, T)
+        "old_per_token_logps": torch.zeros((num_rows, width)),  # (B, T)
+        "sampling_per_token_logps": torch.zeros((num_rows, width)),  # (B, T)
+        "fresh_mask": torch.zeros((num_rows, width), dtype=torch.bool),  # (B, T)
+    }
+    for i, row in enumerate(rows):
+        if row is None:
+            batch["prompt_mask"][i, -1] = 1
+            continue
+        prompt_length, length = len(row.prompt_ids), len(row.completion_ids)
+        batch["prompt_ids"][i, prompt_width - prompt_length :] = torch.tensor(row.prompt_ids)
+        batch["prompt_mask"][i, prompt_width - prompt_length :] = 1
+        batch["completion_ids"][i, :length] = torch.tensor(row.completion_ids)
+        batch["completion_mask"][i, :length] = 1
+        batch["advantages"][i, :length] = torch.from_numpy(row.advantages)
+        batch["old_per_token_logps"][i, :length] = torch.from_numpy(row.old_logps)
+        batch["sampling_per_token_logps"][i, :length] = torch.from_numpy(row.sampling_logps)
+        batch["fresh_mask"][i, row.fresh_from : length] = True
+    return batch
+
+
+def importance_sampling_ratio(
+    old_logps: Tensor, sampling_logps: Tensor, mask: Tensor, mode: str, clip_min: float | None, clip_max: float | None
+) -> Tensor:
+    """Correction of the sampler-to-trainer mismatch, as TRL's `vllm_importance_sampling_mode` defines it.
+
+    Args:
+        old_logps, sampling_logps: (B, T), both of the policy that sampled the token; a NaN sampling log-prob counts as
+            no mismatch.
+        mask: (B, T), 1 on real tokens.
+        mode: `token_truncate`, `token_mask`, `sequence_truncate` or `sequence_mask`.
+        clip_min, clip_max: bounds, `None` for none.
+
+    Returns:
+        (B, T) for token modes, (B, 1) for sequence modes.
+    """
+    level, constraint = mode.split("_")
+    difference = torch.nan_to_num((old_logps - sampling_logps) * mask, nan=0.0)  # (B, T)
+    if level == "sequence":
+        difference = difference.sum(-1, keepdim=True)  # (B, 1)
+    ratio = difference.exp()
+    if constraint == "truncate":
+        return ratio.clamp(min=clip_min, max=clip_max) if (clip_min, clip_max) != (None, None) else ratio
+    outside = torch.zeros_like(ratio, dtype=torch.bool)
+    if clip_min is not None:
+        outside |= ratio < clip_min
+    if clip_max is not None:
+        outside |= ratio > clip_max
+    return ratio.masked_fill(outside, 0.0)

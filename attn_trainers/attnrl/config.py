@@ -1,0 +1,210 @@
+"""Settings of AttnRL."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ..checkpoints import check_save_interval
+
+
+_CRITERIA = ("attention", "entropy", "random", "first_steps")
+_EXPANSIONS = ("ceil", "round", "uniform")
+_ROUNDINGS = ("round", "ceil")
+_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
+
+
+@dataclass
+class AttnRLConfig(GRPOConfig):
+    r"""
+    Configuration class for [`AttnRLTrainer`].
+
+    Holds the parameters of AttnRL ([Attention as a Compass](https://huggingface.co/papers/2509.26628)); the defaults are
+    the published settings. All other parameters are those of [`~trl.GRPOConfig`], of which these have other defaults:
+
+    - `num_generations` is derived: the leaf budget of a prompt, `num_rollouts * (1 + num_branch_points *
+      rollouts_per_branch)`. A generation batch (`generation_batch_size`) holds that many training rows per prompt at most.
+    - `epsilon_high=0.28`, `delta=3.0` (dual clip), `beta=0.001` without bias correction (`use_bias_correction_kl=False`),
+      `loss_type="dapo"` (token mean), `lr_scheduler_type="constant"`, `max_completion_length=8192`.
+    - `vllm_importance_sampling_mode="token_truncate"`: the tokens of a row stem from two policies, so the correction is
+      taken token by token.
+
+    Parameters:
+        > Parameters that control the tree of a prompt
+
+        num_rollouts (`int`, *optional*, defaults to `6`):
+            Initial rollouts per prompt (G).
+        num_branch_points (`int`, *optional*, defaults to `2`):
+            Branch points of an expanded rollout (N). `0` gives plain outcome RL in the same pipeline.
+        rollouts_per_branch (`int`, *optional*, defaults to `2`):
+            Continuations sampled at each branch point (T).
+        branching (`str`, *optional*, defaults to `"attention"`):
+            Where to branch: `"attention"` (steps that later steps attend to), `"entropy"` (tokens of highest entropy, as in
+            TreeRL), `"random"` (random steps) or `"first_steps"`.
+        branch_top_fraction (`float`, *optional*, defaults to `0.2`):
+            Share of the steps, by influence, that are candidates (ρ).
+        min_branch_spacing (`int`, *optional*, defaults to `512`):
+            Tokens between the end of one branching step and the start of the next, and before the first. `0` recovers the
+            paper's text, which has no such rule.
+        influence_delta (`int`, *optional*, defaults to `4`):
+            Influence of a step counts the attention from steps at least this much later (Δ).
+        end_of_thinking (`str`, *optional*, defaults to `"</think>"`):
+            Text that ends the thinking part.
+
+        > Parameters that control adaptive sampling
+
+        filter_easy_prompts (`bool`, *optional*, defaults to `True`):
+            Whether solved prompts of below-average influence are left out before branching (eq. 8).
+        expansion (`str`, *optional*, defaults to `"ceil"`):
+            How `exp(-z) * num_rollouts`, the number of expanded rollouts at accuracy z, is made whole: `"ceil"` (the
+            released runs), `"round"` (the paper, eq. 9), or `"uniform"`: all rollouts are expanded.
+        train_unexpanded (`bool`, *optional*, defaults to `False`):
+            Whether rollouts without branches are trained on too. They always count in the values.
+        success_threshold (`float`, *optional*, defaults to `0.5`):
+            A completion counts as correct if its weighted reward is at least this.
+        prompt_batch_smoothing (`float`, *optional*, defaults to `0.9`):
+            λ of the prompt-batch controller (eq. 10).
+        prompt_batch_rounding (`str`, *optional*, defaults to `"round"`):
+            `"round"` (the paper) or `"ceil"` (the released runs).
+        max_prompt_batch_factor (`float`, *optional*, defaults to `4.0`):
+            The controller never draws more than this many times the initial number of prompts.
+
+        > Parameters that control the pipeline
+
+        off_policy (`bool`, *optional*, defaults to `True`):
+            One generation call per step: continuations of this batch together with the initial rollouts of the next.
+            `False` samples both for the same batch, in two calls.
+        seeded_sampling (`bool`, *optional*, defaults to `False`):
+            Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a GPU
+            it costs sampling speed.
+    """
+
+    num_rollouts: int = field(default=6, metadata={"help": "Initial rollouts per prompt (G)."})
+    num_branch_points: int = field(
+        default=2, metadata={"help": "Branch points per expanded rollout (N). 0 gives plain outcome RL."}
+    )
+    rollouts_per_branch: int = field(default=2, metadata={"help": "Continuations per branch point (T)."})
+    branching: str = field(
+        default="attention",
+        metadata={"help": "Where to branch: 'attention', 'entropy', 'random' or 'first_steps'."},
+    )
+    branch_top_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the steps, by influence, that are branch candidates (ρ)."}
+    )
+    min_branch_spacing: int = field(
+        default=512, metadata={"help": "Tokens between two branch points, and before the first."}
+    )
+    influence_delta: int = field(
+        default=4, metadata={"help": "Influence counts the attention from steps at least this much later (Δ)."}
+    )
+    end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
+    filter_easy_prompts: bool = field(
+        default=True, metadata={"help": "Leave out solved prompts of below-average influence before branching."}
+    )
+    expansion: str = field(
+        default="ceil",
+        metadata={"help": "Rounding of exp(-z) * num_rollouts: 'ceil', 'round', or 'uniform' to expand all."},
+    )
+    train_unexpanded: bool = field(default=False, metadata={"help": "Train on rollouts without branches too."})
+    success_threshold: float = field(
+        default=0.5, metadata={"help": "A completion is correct if its weighted reward is at least this."}
+    )
+    prompt_batch_smoothing: float = field(default=0.9, metadata={"help": "λ of the prompt-batch controller."})
+    prompt_batch_rounding: str = field(
+        default="round", metadata={"help": "Rounding of the prompt-batch controller: 'round' or 'ceil'."}
+    )
+    max_prompt_batch_factor: float = field(
+        default=4.0, metadata={"help": "Bound of the prompt batch, in multiples of its initial size."}
+    )
+    off_policy: bool = field(
+        default=True,
+        metadata={"help": "Sample this batch's continuations together with the next batch's initial rollouts."},
+    )
+    seeded_sampling: bool = field(
+        default=False, metadata={"help": "Give each vLLM request a seed of its own (repeatable on any rank count)."}
+    )
+
+    num_generations: int | None = field(
+        default=None, metadata={"help": "Derived: the leaf budget of a prompt. Leave unset."}
+    )
+    num_generations_eval: int | None = field(
+        default=1, metadata={"help": "Number of completions per prompt in evaluation."}
+    )
+    max_completion_length: int | None = field(default=8192, metadata={"help": "Tokens per completion at most."})
+    beta: float = field(default=0.001, metadata={"help": "Coefficient of the k3 KL term against the initial model."})
+    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip of the importance ratio."})
+    delta: float | None = field(default=3.0, metadata={"help": "Dual clip: bound of the ratio for A < 0."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Weight the KL term by the importance ratio (the published runs do not)."}
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "How the vLLM-to-trainer mismatch is corrected; see GRPOConfig."}
+    )
+
+    def __post_init__(self):
+        self._check_choices()
+        leaf_budget = self.num_rollouts * (1 + self.num_branch_points * self.rollouts_per_branch)
+        if self.num_generations not in (None, leaf_budget):
+            raise ValueError(
+                f"num_generations={self.num_generations} is not the leaf budget of a prompt, num_rollouts * (1 + "
+                f"num_branch_points * rollouts_per_branch) = {leaf_budget}. Leave num_generations unset and set those."
+            )
+        self.num_generations = leaf_budget
+        super().__post_init__()
+        self._check_support()
+        updates = self.steps_per_generation * self.num_iterations
+        if updates % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
+                f"steps_per_generation * num_iterations = {updates}: an update would mix generation batches. Set "
+                f"gradient_accumulation_steps to a divisor of {updates}, or raise generation_batch_size."
+            )
+        check_save_interval(self)
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer updates made on one generation batch."""
+        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+
+    def _check_choices(self) -> None:
+        choices = {
+            "branching": _CRITERIA,
+            "expansion": _EXPANSIONS,
+            "prompt_batch_rounding": _ROUNDINGS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; set it to one of {', '.join(allowed)}.")
+        least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
+        least |= {"influence_delta": 1, "max_prompt_batch_factor": 1.0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to at least {bound}.")
+        if not 0.0 < self.branch_top_fraction <= 1.0:
+            raise ValueError(f"branch_top_fraction={self.branch_top_fraction} must lie in (0, 1]; published: 0.2.")
+        if not 0.0 <= self.prompt_batch_smoothing <= 1.0:
+            raise ValueError(
+                f"prompt_batch_smoothing={self.prompt_batch_smoothing} must lie in [0, 1]; published: 0.9."
+            )
+
+    def _check_support(self) -> None:
+        if self.loss_type not in _LOSS_TYPES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} does not take advantages per token; set it to one of "
+                f"{', '.join(_LOSS_TYPES)} ('dapo' is the published token mean)."
+            )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} does not go with advantages per token; "
+                "set it to 'token'."
+            )
+        if self.use_vllm and self.vllm_mode != "colocate":
+            raise ValueError(
+                f"vllm_mode={self.vllm_mode!r} takes no length limit per request, which branching needs; set it to "
+                "'colocate', or set use_vllm=False."
+            )
+        if self.use_transformers_continuous_batching:
+            raise ValueError(
+                "use_transformers_continuous_batching=True takes no length limit per request, which branching needs; "
+                "set it to False."
+            )
