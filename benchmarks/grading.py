@@ -2,9 +2,9 @@ r"""How fast completions are graded, and how much of it needs a worker.
 
     python benchmarks/grading.py --data graded_rollouts.jsonl [--num_completions 1000]
 
-The file holds `completion` and `answer` per line; its lines are repeated up to `num_completions`. As in training, equal
-answers to equal problems are graded once and plain ones without a worker; "all by math-verify" sends every completion
-to a worker. "Cold" includes the start of the workers.
+The file holds `completion` and `answer` per line; its lines are repeated up to `num_completions`. In training, equal
+requests are graded once and plain answers without a worker; "all by math-verify" sends every completion to a worker.
+"Cold" includes the start of the workers.
 """
 
 import argparse
