@@ -107,22 +107,30 @@ class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
 
     def mean_over_ranks(self, total: float, count: float) -> float:
         """Sum of totals over sum of counts over all ranks, NaN where nothing was counted; a collective."""
-        sums = torch.tensor([total, count], dtype=torch.float64, device="cpu").float().to(self.accelerator.device)
+        sums = torch.tensor([total, count], dtype=torch.float32, device=self.accelerator.device)
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count if count else float("nan")
 
     def _generate_and_score_completions(self, inputs):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._awaits_signal = True
+        self._awaits_signal = self._parent_reads_old_logps
         output = super()._generate_and_score_completions(inputs)
-        if self._awaits_signal:
+        if self._batch is None:
             self._read_signal_alone(output)
         observer = self._observer
         self.assign_credit(output, self._batch, observer.observer if observer else None)
         self.log_metric("seconds/attention", observer.seconds if observer else 0.0)
         self._batch = self._observer = self.entropies = None
         return output
+
+    @property
+    def _parent_reads_old_logps(self) -> bool:
+        """TRL's condition for a forward over the policy before the reference model's (which, with an adapter, is the
+        policy's own model with the adapter off)."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        misaligned = self.args.gradient_accumulation_steps % generate_every != 0
+        return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
 
     def _begin_signal(self, input_ids: Tensor, attention_mask: Tensor, completion_width: int) -> None:
         self._awaits_signal = False
@@ -153,6 +161,7 @@ class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
         size = self.args.per_device_train_batch_size
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.needs_entropies:
+                self._awaits_signal = True
                 self._get_per_token_logps_and_entropies(
                     self.model, input_ids, attention_mask, width, batch_size=size
                 )
