@@ -91,8 +91,8 @@ def key_focus_scores(
 ) -> list[Tensor]:
     """Attention of the final answer to every thinking step in the key-focus heads (AttnPO), in a forward of its own.
 
-    S_k = mean over the heads of (1 / |s_k|) sum over answer tokens m and tokens n of step k of the weight m -> n: a sum
-    over the answer's rows, a mean over the step's tokens. The forward stops after the last layer that owns a head.
+    S_k = mean over the heads of (1 / |s_k|) sum over answer tokens m and tokens n of step k of the weight m -> n: a
+    sum over the answer's rows, a mean over the step's tokens. The forward stops after the last layer that owns a head.
 
     Args:
         model: transformers decoder, plain or wrapped.
