@@ -84,7 +84,7 @@ def observe_attention(model: nn.Module, observer: AttentionObserver) -> Iterator
     replaced = registry.get(name)
 
     def observed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
-        if id(module) in modules and module.layer_idx in needed:
+        if id(module) in modules and getattr(module, "layer_idx", None) in needed:
             _show(observer, module, query, key, kwargs)
             seen.add(module.layer_idx)
         attention = replaced or _eager_attention(module)
@@ -176,15 +176,17 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
 def _needed_layers(decoder: PreTrainedModel, observer: AttentionObserver) -> frozenset[int]:
     config = decoder.config
     types = getattr(config, "layer_types", None) or [STANDARD_LAYER_TYPES[0]] * config.num_hidden_layers
-    if observer.layers is None:
-        return frozenset(range(config.num_hidden_layers))
-    outside = sorted(layer for layer in observer.layers if not 0 <= layer < config.num_hidden_layers)
+    layers = frozenset(range(config.num_hidden_layers) if observer.layers is None else observer.layers)
+    outside = sorted(layer for layer in layers if not 0 <= layer < config.num_hidden_layers)
     if outside:
         raise ValueError(f"layers={outside}: {type(decoder).__name__} has layers 0 to {config.num_hidden_layers - 1}.")
-    odd = {types[layer] for layer in observer.layers} - set(STANDARD_LAYER_TYPES)
+    odd = sorted(layer for layer in layers if types[layer] not in STANDARD_LAYER_TYPES)
     if odd:
-        raise ValueError(f"layers={sorted(observer.layers)} include {sorted(odd)} layers; ask for standard attention.")
-    return observer.layers
+        raise ValueError(
+            f"layers={odd} of {type(decoder).__name__} are {sorted({types[layer] for layer in odd})} layers, whose "
+            f"weights are no plain softmax; observe {' and '.join(STANDARD_LAYER_TYPES)} layers only."
+        )
+    return layers
 
 
 def _show(observer: AttentionObserver, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:

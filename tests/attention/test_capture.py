@@ -1,7 +1,6 @@
 """Capture leaves the model as it was, finds it in its wrappers, and refuses what it cannot read."""
 
 import copy
-import tempfile
 
 import peft
 import pytest
@@ -30,11 +29,10 @@ class Recorder:
 
 
 @pytest.fixture
-def process_group():
-    with tempfile.NamedTemporaryFile() as file:
-        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def assert_same_record(left, right):
@@ -186,6 +184,16 @@ def test_attention_that_is_no_plain_softmax_is_refused(batch):
     model = Gemma2ForCausalLM(config).eval()  # caps its logits
     with pytest.raises(ValueError, match="Gemma2Attention uses softcap"):
         forward_for_attention(model, batch.ids, batch.mask, Recorder())
+
+
+def test_layers_of_another_kind_are_refused(qwen2):
+    qwen2.config.layer_types[1] = "chunked_attention"
+    for layers in (None, [1, 2]):
+        with pytest.raises(ValueError, match=r"layers=\[1\] of Qwen2Model are \['chunked_attention'\] layers"):
+            with observe_attention(qwen2, Recorder(layers)):
+                pass
+    with observe_attention(qwen2, Recorder(layers=[0, 2])):
+        pass
 
 
 def test_a_forward_that_skips_a_needed_layer_is_refused(qwen2, batch):
