@@ -1,6 +1,8 @@
 """Capture leaves the model as it was, finds it in its wrappers, and refuses what it cannot read."""
 
 import copy
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -209,3 +211,8 @@ def test_a_cache_is_refused(qwen2, batch):
         with pytest.raises(ValueError, match="key length=37, query length=27"):
             with observe_attention(qwen2, Recorder()):
                 qwen2(input_ids=ids[:, 10:], past_key_values=cache)
+
+
+def test_importing_attention_imports_no_trainer():
+    code = "import sys, attn_trainers.attention; assert not {'trl', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
