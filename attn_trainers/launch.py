@@ -21,6 +21,8 @@ from .modeling import build_byte_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Default of `bf16` in the recipes; its opposite is the default of `use_cpu`.
+HAS_CUDA = torch.cuda.is_available()
 STEP_BY_STEP = "{problem} Let's think step by step and output the final answer within \\boxed{}."
 
 
@@ -51,16 +53,6 @@ class MathScriptArguments:
         metadata={"help": "Train a small byte-level model made on the spot instead, to try the recipe on a CPU."},
     )
     preflight: bool = field(default=False, metadata={"help": "Check the settings, print the report and stop."})
-
-
-def cuda_available() -> bool:
-    """Default of `bf16`; its opposite is the default of `use_cpu`."""
-    return torch.cuda.is_available()
-
-
-def no_cuda() -> bool:
-    """Default of `use_cpu`."""
-    return not torch.cuda.is_available()
 
 
 def parse(script_class: type, config_class: type, model_class: type = ModelConfig) -> tuple:

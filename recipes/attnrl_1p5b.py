@@ -12,12 +12,12 @@ A generation batch holds 64 prompts x 30 leaves = 1920 rows, trained on in 10 up
 (`per_device_train_batch_size` x GPUs x `gradient_accumulation_steps`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import ModelConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from attn_trainers.launch import MathScriptArguments, cuda_available, no_cuda, parse, train
+from attn_trainers.launch import HAS_CUDA, MathScriptArguments, parse, train
 from attn_trainers.rewards import math_accuracy_reward
 
 
@@ -35,8 +35,8 @@ class Recipe(AttnRLConfig):
     use_vllm: bool = True
     vllm_gpu_memory_utilization: float = 0.3
     vllm_max_model_length: int | None = 9216
-    bf16: bool | None = field(default_factory=cuda_available)
-    use_cpu: bool = field(default_factory=no_cuda)
+    bf16: bool | None = HAS_CUDA
+    use_cpu: bool = not HAS_CUDA
     logging_steps: float = 10
     save_steps: float = 100
     save_total_limit: int | None = 3
@@ -47,7 +47,7 @@ class Model(ModelConfig):
     """The model that is trained."""
 
     model_name_or_path: str | None = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-    dtype: str | None = "bfloat16"
+    dtype: str | None = "float32"  # bf16 weights would lose updates of this size; autocast computes in bf16
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""What the recipes on the arithmetic task share: the warm start, held-out accuracy, results and pictures."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from .arithmetic import Problem, WarmStart, prompt_messages, sample_problems, warm_start
+from .generation import GenerationRequest
+from .reports import markdown_table
+
+
+TRAIN_SEED, HELD_OUT_SEED = 1, 2
+
+
+@dataclass
+class TinyArguments:
+    """The task, the warm start and the evaluation of a recipe on multi-step arithmetic."""
+
+    cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm-started models are kept."})
+    num_operations: int = field(default=5, metadata={"help": "Operations per problem."})
+    noise: float = field(default=0.15, metadata={"help": "Probability that the teacher writes a wrong result."})
+    warm_start_steps: int = field(default=1500, metadata={"help": "Optimizer steps of the warm start."})
+    num_train_problems: int = field(default=4000, metadata={"help": "Problems to train on."})
+    num_eval_problems: int = field(default=200, metadata={"help": "Held-out problems."})
+    num_eval_samples: int = field(default=4, metadata={"help": "Samples per held-out problem."})
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """Sampled accuracy and length on held-out problems.
+
+    Attributes:
+        accuracy: pass@1, mean over problems of the mean over samples.
+        standard_error: of the accuracy, over problems.
+        mean_length: completion tokens.
+        num_problems, num_samples: n.
+        per_problem: accuracy of each problem.
+    """
+
+    accuracy: float
+    standard_error: float
+    mean_length: float
+    num_problems: int
+    num_samples: int
+    per_problem: list[float]
+
+
+def exact_answer_reward(completions: Sequence, answer: Sequence[str], **kwargs) -> list[float]:
+    """1.0 where the completion closes its thinking and boxes the answer, else 0.0 (a TRL reward function)."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(text.endswith(f"</think>\\boxed{{{a}}}")) for text, a in zip(texts, answer, strict=True)]
+
+
+def to_dataset(problems: Sequence[Problem]) -> Dataset:
+    """Problems as a TRL data set with conversational prompts and an `answer` column."""
+    return Dataset.from_list([{"prompt": prompt_messages(p), "answer": p.answer} for p in problems])
+
+
+def prepare(args: TinyArguments, recheck: float = 0.0) -> tuple[Path, PreTrainedTokenizerFast, list[Problem], list[Problem]]:
+    """The warm-started model's folder, its tokenizer, training problems and held-out problems.
+
+    The warm start runs on one rank, the others wait.
+    """
+    held_out = sample_problems(args.num_eval_problems, HELD_OUT_SEED, args.num_operations)
+    texts = {problem.text for problem in held_out}
+    training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, exclude=texts)
+    settings = WarmStart(
+        noise=args.noise, recheck=recheck, num_operations=args.num_operations, steps=args.warm_start_steps
+    )
+    with PartialState().main_process_first():
+        folder = warm_start(settings, args.cache_dir, exclude=texts)
+    return folder, PreTrainedTokenizerFast.from_pretrained(folder), training, held_out
+
+
+def evaluate_held_out(trainer, problems: Sequence[Problem], num_samples: int, seed: int = 0) -> HeldOutResult:
+    """Sample held-out problems with the trainer's own generation, shared by the ranks.
+
+    Args:
+        trainer: a trainer with `generate_requests`.
+        problems: held-out problems.
+        num_samples: samples per problem.
+        seed: of the samples (vLLM).
+    """
+    tokenizer = trainer.processing_class
+    rank, num_ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    own = list(enumerate(problems))[rank::num_ranks]
+    requests = []
+    for index, problem in own:
+        text = tokenizer.apply_chat_template(prompt_messages(problem), add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text)["input_ids"]
+        seeds = [(seed * 1_000_003 + index) * 1_009 + sample for sample in range(num_samples)]
+        requests += [GenerationRequest(ids, trainer.max_completion_length, s) for s in seeds]
+    sampled = trainer.generate_requests(requests)
+    texts = tokenizer.batch_decode([s.token_ids for s in sampled], skip_special_tokens=True)
+    answers = [problem.answer for _, problem in own for _ in range(num_samples)]
+    rewards = torch.tensor(exact_answer_reward(texts, answers)).view(-1, num_samples)
+    lengths = [len(s.token_ids) for s in sampled]
+    local = [(index, row.mean().item()) for (index, _), row in zip(own, rewards, strict=True)]
+    per_problem = torch.tensor([accuracy for _, accuracy in sorted(gather_object(local))])
+    lengths = torch.tensor(gather_object(lengths), dtype=torch.float32)
+    error = (per_problem.std() / len(per_problem) ** 0.5).item()
+    return HeldOutResult(
+        per_problem.mean().item(), error, lengths.mean().item(), len(problems), num_samples, per_problem.tolist()
+    )
+
+
+class Stopwatch:
+    """Seconds of the named parts of a run."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for column in header:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def write_results(folder: str | Path, title: str, header: Sequence[str], rows: Sequence, details: dict) -> None:
+    """Write the table as `results.md` and everything measured as `results.json`."""
+    folder = Path(folder)
+    (folder / "results.md").write_text(f"# {title}\n\n{markdown_table(header, rows)}\n")
+    (folder / "results.json").write_text(json.dumps(details, indent=2))
