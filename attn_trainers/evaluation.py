@@ -1,6 +1,6 @@
 r"""What an evaluation says: pass@1, pass@k, lengths, their standard errors, tables, and the comparison of two runs.
 
-Pure functions on records (one per completion). The sampling unit is the problem: standard errors and intervals come from
+Pure functions on records (one per completion). The unit is the problem: standard errors and intervals come from
 resampling problems, each with all its completions. `attn_trainers.evaluation_run` makes the records.
 """
 
@@ -27,8 +27,8 @@ class CompletionRecord:
         answer: the accepted answer or answers.
         correct: 1.0 or 0.0.
         num_tokens: sampled tokens, the end token included.
-        num_thinking_tokens: tokens up to and including the first `</think>`; all tokens if thinking was opened and never
-            closed; 0 if it was never opened.
+        num_thinking_tokens: tokens up to and including the first `</think>`; all if thinking was opened, not closed; 0 if
+            it was never opened.
         truncated: whether the token limit ended it.
         finish: "stop" or "length".
     """
@@ -57,7 +57,7 @@ class Summary:
     """Result on one data set.
 
     Attributes:
-        pass_at: k to the mean of unbiased pass@k over problems; 1 is always there and is the accuracy averaged over samples.
+        pass_at: k to the mean of unbiased pass@k over problems; 1 is always there: accuracy over all samples.
         truncated: share of completions that the token limit ended.
     """
 

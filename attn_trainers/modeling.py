@@ -25,9 +25,9 @@ _BYTE_CHAT_TEMPLATE = (
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or a Hub id.
 
-    `AutoTokenizer` may choose the class by the model type and rebuild the tokenizer from its vocabulary, which for another
-    algorithm (a word-level file beside a Qwen2 model) encodes every text to nothing. So where `tokenizer_config.json` names
-    the generic class, `tokenizer.json` is read as it stands.
+    `AutoTokenizer` may choose the class by the model type and rebuild the tokenizer from its vocabulary, which for
+    another algorithm (a word-level file beside a Qwen2 model) encodes every text to nothing. So where
+    `tokenizer_config.json` names the generic class, `tokenizer.json` is read as it stands.
 
     Args:
         path: folder or Hub id.
