@@ -1,4 +1,4 @@
-"""Where to branch, which rollouts to expand, which prompts to leave out, and how many to draw (AttnRL, sections 3.1, 3.2).
+"""Where to branch, which rollouts to expand, which prompts to leave out, how many to draw (AttnRL, sections 3.1, 3.2).
 
 All randomness comes from generators that the caller hands over.
 """
@@ -51,8 +51,9 @@ def choose_branch_points(
         rng: for `random`.
 
     Raises:
-        ValueError: for an unknown criterion, or a signal that it needs and did not get.
+        ValueError: for an unknown criterion, a signal that it needs and did not get, or `num_points` below 1.
     """
+    _check_num_points(num_points)
     if criterion == "entropy":
         if entropies is None:
             raise ValueError("entropies=None; the criterion 'entropy' needs the entropy of each token.")
@@ -78,33 +79,37 @@ def select_branch_points(
     top_fraction: float = 0.2,
     min_spacing: int = 512,
 ) -> BranchPoints:
-    """Attention-based branching (eq. 7): the earliest steps among those of top influence, at a distance from each other.
+    """Attention-based branching (eq. 7): the earliest steps among those of top influence, with distance between them.
 
     1. θ is the (1 - top_fraction)-quantile of the influence over all steps, linearly interpolated; if θ = 0 and some
        influence is positive, the least positive influence.
-    2. Candidates are the steps with influence ≥ θ in their order, the first step excepted. One is taken if it starts at
-       least `min_spacing` tokens after the completion's start and after the end of every step taken before.
-    3. Where that gives too few, the earliest steps not yet taken follow, whatever their distance; then the same offsets
-       once more, so that the leaf budget holds.
+    2. Candidates are the steps with influence ≥ θ in their order, the first step excepted. One is taken if it starts
+       at least `min_spacing` tokens after the completion's start and after the end of every step taken before.
+    3. Where that gives too few, the earliest steps not yet taken follow, whatever their distance; then the same
+       offsets once more, so that the leaf budget holds.
 
     The step itself is sampled anew: everything before it is kept.
 
     Args:
         influence: (m,) y of each step.
         step_ranges: half-open token ranges of the m steps, counted from the first completion token.
-        num_points: branch points wanted (N).
+        num_points: branch points wanted (N), at least 1.
         top_fraction: share of steps that are candidates (ρ).
         min_spacing: tokens; 0 for no spacing. It counts completion tokens.
 
     Raises:
-        ValueError: if influence and ranges differ in number.
+        ValueError: if influence and ranges differ in number, or for an option outside its range.
     """
+    _check_num_points(num_points)
+    if not 0.0 < top_fraction <= 1.0:
+        raise ValueError(f"top_fraction={top_fraction} must lie in (0, 1]; published: 0.2.")
     values = np.asarray(influence, dtype=np.float64)  # (m,)
     if len(values) != len(step_ranges):
         raise ValueError(f"influence has {len(values)} entries for {len(step_ranges)} steps; they must be as many.")
     if len(values) < 2:
         return BranchPoints([])
-    threshold = np.quantile(values, 1.0 - top_fraction)
+    # Rounded, as 1 - 0.7 = 0.30000000000000004 would exclude a step that lies on the quantile itself.
+    threshold = np.quantile(values, round(1.0 - top_fraction, 12))
     if threshold == 0 and (values > 0).any():
         threshold = values[values > 0].min()
     taken: list[int] = []
@@ -125,8 +130,12 @@ def select_entropy_points(entropies: Sequence[float] | np.ndarray, num_points: i
 
     Args:
         entropies: (n,) entropy of the distribution each real completion token was drawn from.
-        num_points: branch points wanted.
+        num_points: branch points wanted, at least 1.
+
+    Raises:
+        ValueError: for `num_points` below 1.
     """
+    _check_num_points(num_points)
     values = np.asarray(entropies, dtype=np.float64)  # (n,)
     if len(values) < 2:
         return BranchPoints([])
@@ -134,8 +143,15 @@ def select_entropy_points(entropies: Sequence[float] | np.ndarray, num_points: i
     return _filled([int(offset) for offset in top], list(range(1, len(values))), num_points)
 
 
+def _check_num_points(num_points: int) -> None:
+    if num_points < 1:
+        raise ValueError(
+            f"num_points={num_points} asks for no branch point; set it to at least 1, or expand no rollout."
+        )
+
+
 def _filled(taken: Sequence[int], offsets: Sequence[int], num_points: int) -> BranchPoints:
-    """Fill up to `num_points`: earliest offsets not taken yet, then all over again; nothing where there is no offset."""
+    """Fill up to `num_points`: earliest offsets not taken yet, then all over again; none where there is no offset."""
     if not offsets:
         return BranchPoints([])
     chosen = list(taken)
@@ -204,8 +220,10 @@ def num_expanded(num_correct: int, num_rollouts: int, rounding: str = "ceil") ->
         rounding: `ceil` (the released runs), `round` (the paper, halves up), or `uniform` (always G).
 
     Raises:
-        ValueError: for an unknown rounding or more correct rollouts than rollouts.
+        ValueError: for an unknown rounding, no rollouts, or more correct rollouts than rollouts.
     """
+    if num_rollouts < 1:
+        raise ValueError(f"num_rollouts={num_rollouts} leaves nothing to expand; it must be at least 1.")
     if not 0 <= num_correct <= num_rollouts:
         raise ValueError(f"num_correct={num_correct} must lie from 0 to num_rollouts={num_rollouts}.")
     if rounding == "uniform":
@@ -221,8 +239,8 @@ def num_expanded(num_correct: int, num_rollouts: int, rounding: str = "ceil") ->
 def choose_expanded(correct: Sequence[bool], rounding: str, rng: random.Random) -> list[int]:
     """Which rollouts of a prompt to expand: the whole minority class and random others up to M; ascending indices.
 
-    At accuracy one half the wrong ones count as the minority. Of prompts whose rollouts are all right (or all wrong) the
-    first M are expanded.
+    At accuracy one half the wrong ones count as the minority. Of prompts whose rollouts are all right (or all wrong)
+    the first M are expanded.
     """
     right = [i for i, c in enumerate(correct) if c]
     wrong = [i for i, c in enumerate(correct) if not c]
@@ -247,6 +265,9 @@ class PromptBatchController:
         rounding: `round` (the paper, halves up) or `ceil` (the released runs).
         max_change: bound of the target, in multiples of B_m and of 1 / B_m; also the answer to a batch without signal.
         max_size: bound of B; `None` for none.
+
+    Raises:
+        ValueError: for an argument outside its range.
     """
 
     def __init__(
@@ -262,6 +283,14 @@ class PromptBatchController:
             raise ValueError(f"size={size} draws no prompts; it must be at least 1.")
         if rounding not in ("round", "ceil"):
             raise ValueError(f"rounding={rounding!r} is unknown; use round or ceil.")
+        if target_rows < 1:
+            raise ValueError(f"target_rows={target_rows} wants no rows; it must be at least 1.")
+        if not 0.0 <= smoothing <= 1.0:
+            raise ValueError(f"smoothing={smoothing} must lie in [0, 1]; published: 0.9.")
+        if max_change < 1.0:
+            raise ValueError(f"max_change={max_change} must be at least 1, which holds the prompt batch constant.")
+        if max_size is not None and max_size < size:
+            raise ValueError(f"max_size={max_size} is below size={size}; raise max_size or start with fewer prompts.")
         self.target_rows, self.size, self.smoothing = target_rows, size, smoothing
         self.rounding, self.max_change, self.max_size = rounding, max_change, max_size
 

@@ -1,9 +1,13 @@
 """Paragraph steps of a completion, on its token ids (AttnRL, arXiv 2509.26628, section 3.1.1)."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,7 @@ class StepDelimiters:
     Attributes:
         paragraph: ids whose text contains a blank line.
         newline: ids whose text contains a newline, `paragraph` among them.
-        end_of_thinking: id of (the last token of) the text that ends the thinking part, or `None`.
+        end_of_thinking: id of the token that ends the thinking part, or `None`.
     """
 
     paragraph: frozenset[int]
@@ -28,14 +32,21 @@ class StepDelimiters:
 
         Args:
             tokenizer: the model's tokenizer.
-            end_of_thinking: text that ends the thinking part; `None` for a model without one.
+            end_of_thinking: text that ends the thinking part; `None` for a model without one. Where the tokenizer
+                makes several tokens of it, none is looked for, with a warning: the last one (`>`) ends other text too.
         """
         ids = range(tokenizer.vocab_size)
         texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
         newline = frozenset(i for i, text in zip(ids, texts, strict=True) if "\n" in text)
         paragraph = frozenset(i for i in newline if "\n\n" in texts[i])
-        end = tokenizer.encode(end_of_thinking, add_special_tokens=False)[-1] if end_of_thinking else None
-        return cls(paragraph, newline, end)
+        end = tokenizer.encode(end_of_thinking, add_special_tokens=False) if end_of_thinking else []
+        if len(end) > 1:
+            logger.warning(
+                "end_of_thinking=%r is %d tokens to this tokenizer; steps after it are branched like those before.",
+                end_of_thinking,
+                len(end),
+            )
+        return cls(paragraph, newline, end[0] if len(end) == 1 else None)
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,8 @@ class StepSegmentation:
     """Steps of one sequence.
 
     Attributes:
-        ranges: half-open token ranges; entry 0 is the whole prompt, entry 1 the first step of the completion. Positions
-            count from the first real token of the sequence.
+        ranges: half-open token ranges; entry 0 is the whole prompt, entry 1 the first step of the completion.
+            Positions count from the first real token of the sequence.
         stop_step: index in `ranges` of the step that holds the last end of thinking, -1 without one.
     """
 

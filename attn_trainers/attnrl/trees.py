@@ -1,7 +1,7 @@
 """Rollout trees of one prompt: values and advantages of their segments (AttnRL, arXiv 2509.26628, eq. 2 and 3).
 
-A virtual root holds one chain per initial rollout. A rollout with branch offsets b1 < b2 is cut there into segments, and
-each continuation hangs beside the segment that follows its offset:
+A virtual root holds one chain per initial rollout. A rollout with branch offsets b1 < b2 is cut there into segments,
+and each continuation hangs beside the segment that follows its offset:
 
     root ─ rollout[0:b1] ─┬─ rollout[b1:b2] ─┬─ rollout[b2:]       leaf 0
                           │                  └─ continuation at b2  leaf
@@ -102,7 +102,8 @@ def root_value(trees: Sequence[RolloutTree]) -> float:
 def tree_segments(trees: Sequence[RolloutTree]) -> list[list[Segment]]:
     """Segments of each tree: first the parts of the rollout in order, then one per continuation in the order given.
 
-    V(s) is the mean reward of the leaves under s, and A(s) = ((V(s) - V(root)) + (V(s) - V(parent(s)))) / sqrt(|L(s)|).
+    V(s) is the mean reward of the leaves under s;
+    A(s) = ((V(s) - V(root)) + (V(s) - V(parent(s)))) / sqrt(|L(s)|).
 
     Args:
         trees: all trees of one prompt.
