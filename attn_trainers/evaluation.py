@@ -27,8 +27,8 @@ class CompletionRecord:
         answer: the accepted answer or answers.
         correct: 1.0 or 0.0.
         num_tokens: sampled tokens, the end token included.
-        num_thinking_tokens: tokens up to and including the first `</think>`; all if thinking was opened, not closed; 0 if
-            it was never opened.
+        num_thinking_tokens: tokens up to and including the first `</think>`; all if thinking was opened, not closed;
+            0 if it was never opened.
         truncated: whether the token limit ended it.
         finish: "stop" or "length".
     """

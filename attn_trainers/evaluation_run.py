@@ -1,7 +1,8 @@
 r"""Evaluation of a model on benchmark files: prompts, sampling by vLLM or transformers, grading, resume, report.
 
 Each completion has a seed of its own, derived from the run's seed, the problem and the sample: a run that was cut off
-draws what is missing and ends as an uninterrupted one would, up to how a backend's floats depend on a batch's other rows.
+draws what is missing and ends as an uninterrupted one would, up to how a backend's floats depend on the other rows of
+a batch.
 """
 
 import hashlib

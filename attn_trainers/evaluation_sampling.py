@@ -99,13 +99,13 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str, dtype: str):
-    """A model for generation, with its adapter applied if it is one."""
+    """A model for generation; an adapter is merged into its base model."""
     base = base_model_of(model)
     loaded = AutoModelForCausalLM.from_pretrained(base or model, dtype=dtype)
     if base is not None:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, model)
+        loaded = PeftModel.from_pretrained(loaded, model).merge_and_unload()
     return loaded.eval()
 
 
@@ -127,7 +127,7 @@ def merged_model(model: str, dtype: str) -> Iterator[str]:
         yield model
         return
     with tempfile.TemporaryDirectory() as folder:
-        load_model(model, dtype).merge_and_unload().save_pretrained(folder)
+        load_model(model, dtype).save_pretrained(folder)
         yield folder
 
 

@@ -87,7 +87,7 @@ def test_bootstrap_standard_error_is_the_closed_form():
     exact = math.sqrt(sum((v - mean) ** 2 for v in values) / 6 / 6)
     got = estimate(values, seed=1, draws=40_000)
     assert got.value == pytest.approx(mean)
-    # The standard deviation of 40,000 draws has a relative standard error of about 1/sqrt(2·40,000) = 0.35 %: four of them.
+    # Relative standard error of the deviation of 40,000 draws: 1/sqrt(2·40,000) = 0.35 %; four of them.
     assert got.standard_error == pytest.approx(exact, rel=0.0142)
     assert got == estimate(values, seed=1, draws=40_000)
     assert estimate([0.5]).standard_error == 0
@@ -277,12 +277,12 @@ class EvaluatingTrainer(EvaluationMixin, GRPOTrainer):
 def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
     seen = {"train": [], "eval": []}
 
-    def even_length(completion_ids, trainer_state, **kwargs):
+    def odd_sum(completion_ids, trainer_state, **kwargs):
         rewards = [float(sum(ids) % 2) for ids in completion_ids]
         seen["train" if trainer.model.training else "eval"].extend(rewards)
         return rewards
 
-    data = Dataset.from_dict({"prompt": [f"{i}+{i}?" for i in range(4)]})
+    data = Dataset.from_dict({"prompt": [f"{i}+{i}?" for i in range(8)]})
     config = GRPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -300,7 +300,7 @@ def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
     )
     trainer = EvaluatingTrainer(
         model=model,
-        reward_funcs=even_length,
+        reward_funcs=odd_sum,
         args=config,
         train_dataset=data,
         eval_dataset=data,
@@ -308,9 +308,9 @@ def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
     )
     trainer.train()
     logs = next(entry for entry in trainer.state.log_history if "eval_pass@1" in entry)
-    pairs = [seen["eval"][i : i + 2] for i in range(0, 8, 2)]
-    assert len(seen["eval"]) == 8
-    assert logs["eval_pass@1"] == pytest.approx(sum(map(sum, pairs)) / 8)
-    assert logs["eval_pass@2"] == pytest.approx(sum(map(any, pairs)) / 4)
+    pairs = [seen["eval"][i : i + 2] for i in range(0, 16, 2)]
+    assert len(seen["eval"]) == 16
+    assert logs["eval_pass@1"] == pytest.approx(sum(map(sum, pairs)) / 16)
+    assert logs["eval_pass@2"] == pytest.approx(sum(map(any, pairs)) / 8)
     assert 0 < logs["eval_pass@1"] < logs["eval_pass@2"]
     assert not any(key.startswith("pass@") for entry in trainer.state.log_history for key in entry)
