@@ -1,7 +1,7 @@
-"""What trainers share that weigh each token's advantage by the model's attention: capture, timing, metrics, rank safety.
+"""What trainers share that weigh each token's advantage by the model's attention: capture, metrics, rank safety.
 
-A method built on it is a file of pure functions and a thin trainer: it names an observer for a batch of completions, and
-turns what the observer saw into credit factors per token. Rollouts, rewards and advantages stay TRL's.
+A method built on it is a file of pure functions and a thin trainer: it names an observer for a batch of completions,
+and turns what the observer saw into credit factors per token. Rollouts, rewards and advantages stay TRL's.
 """
 
 import time
@@ -63,9 +63,9 @@ class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
     """
     Base of trainers whose per-token credit comes from attention.
 
-    The signal is read in the no-grad forward that TRL makes for old log-probs; where TRL makes none, in one forward up to
-    the last layer that is needed. `_compute_loss` multiplies the advantages by the factors and calls the parent: with all
-    factors 1, the loss is bit-equal to the parent's. In evaluation nothing differs from [`~trl.GRPOTrainer`].
+    The signal is read in the no-grad forward that TRL makes for old log-probs; where TRL makes none, in one forward up
+    to the last layer that is needed. `_compute_loss` multiplies the advantages by the factors and calls the parent:
+    with all factors 1, the loss is bit-equal to the parent's. In evaluation nothing differs from [`~trl.GRPOTrainer`].
 
     A subclass implements `make_observer` and `assign_credit`. Both are called on every rank in every training batch.
     """
@@ -111,6 +111,12 @@ class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count if count else float("nan")
 
+    def log_means(self, totals: dict[str, tuple[float, float]]) -> None:
+        """Log each value's sum over its count, both over all ranks, in one collective; names are the same on all."""
+        sums = torch.tensor(list(totals.values()), dtype=torch.float64, device=self.accelerator.device)  # (N, 2)
+        for name, (total, count) in zip(totals, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True):
+            self.log_metric(name, total / count if count else float("nan"))
+
     def _generate_and_score_completions(self, inputs):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
@@ -147,9 +153,7 @@ class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
         if self.needs_entropies:
             kwargs["compute_entropy"] = True
         with observe_attention(self.model, self._observer) if self._observer else nullcontext():
-            logps, entropies, aux_loss = parent(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+            logps, entropies, aux_loss = parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         self.entropies = entropies
         return logps, entropies, aux_loss
 
@@ -162,9 +166,7 @@ class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.needs_entropies:
                 self._awaits_signal = True
-                self._get_per_token_logps_and_entropies(
-                    self.model, input_ids, attention_mask, width, batch_size=size
-                )
+                self._get_per_token_logps_and_entropies(self.model, input_ids, attention_mask, width, batch_size=size)
                 return
             self._begin_signal(input_ids, attention_mask, width)
             if self._observer is None:

@@ -49,10 +49,11 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     """Leave-one-out advantages: each reward less the mean of the others of its group, not divided by a deviation.
 
     Args:
-        rewards: (..., G) rewards of the G responses to each prompt.
+        rewards: (..., G) rewards of the G responses to each prompt; NaN for a response that could not be scored.
 
     Returns:
-        (..., G) advantages A_i = G / (G - 1) · (r_i - mean), in their dtype; exactly 0 where all are equal.
+        (..., G) advantages A_i = G / (G - 1) · (r_i - mean), in their dtype; exactly 0 where all are equal. Responses
+        that could not be scored get 0 and do not count in G, and so does one that has no other to compare with.
 
     Raises:
         ValueError: G < 2.
@@ -63,7 +64,9 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
             f"rewards have {group} response per prompt; leave-one-out needs num_generations of at least 2"
         )
     exact = rewards.detach().double()  # so that rounding gives no sign to the advantages of equal rewards
-    return (group / (group - 1) * (exact - exact.mean(-1, keepdim=True))).to(rewards.dtype)
+    scored = (~exact.isnan()).sum(-1, keepdim=True).double()  # (..., 1)
+    centred = (exact - exact.nanmean(-1, keepdim=True)).nan_to_num(nan=0.0)
+    return (scored / (scored - 1.0).clamp(min=1.0) * centred).to(rewards.dtype)
 
 
 def baseline_score(*, accuracy: float, answer_length: int, sequence_length: int, baseline_power: float = 2.0) -> float:

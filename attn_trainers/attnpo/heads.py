@@ -99,7 +99,8 @@ def resolve_heads(heads: Sequence | str | Path | None, model_name: str, num_laye
     """Heads to read in a model.
 
     Args:
-        heads: A list of [layer, head] pairs, the path of a heads file, or None for the known heads of the model.
+        heads: A list of [layer, head] pairs, the path of a heads file, the name of a known model (for one tuned from
+            it), or None for the known heads of this model.
         model_name: Name or path of the model. Known models are recognised by its last part.
         num_layers: Layers of the model.
         num_heads: Attention (query) heads in a layer.
@@ -118,7 +119,13 @@ def resolve_heads(heads: Sequence | str | Path | None, model_name: str, num_laye
                 f"heads=None, but no key-focus heads are known for {model_name!r}: find them with `{command}`"
             )
     elif isinstance(heads, str | Path):
-        found = load_heads(heads).heads
+        known = KNOWN_HEADS.get(Path(heads).name)
+        if known is None and not Path(heads).exists():
+            raise ValueError(
+                f"heads={str(heads)!r} is neither a file nor a model with known heads ({', '.join(KNOWN_HEADS)}): "
+                f"find the heads of the model with `{command}`"
+            )
+        found = known or load_heads(heads).heads
     else:
         found = parse_heads(heads)
     for layer, head in found:

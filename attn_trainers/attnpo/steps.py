@@ -207,6 +207,20 @@ def split_paragraphs(text: str) -> list[Step]:
     return [Step(start, end, "paragraph") for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
+def count_phrases(text: str, phrases: ReasoningPhrases | None = None) -> dict[str, int]:
+    """How often a thinking text opens a step with a phrase of each kind, before short steps are merged.
+
+    Args:
+        text: The thinking text. Anything from the first `</think>` on is left out.
+        phrases: As in `split_reasoning`.
+    """
+    thinking = text.split(END_OF_THINKING, 1)[0]
+    counts = dict.fromkeys(("turn", "forward", "summary", "final"), 0)
+    for segment in _cut(thinking, phrases or ENGLISH_PHRASES, join_blank_lead=True) if thinking else ():
+        counts[segment.kind] += segment.phrase_chars > 0
+    return counts
+
+
 @lru_cache(maxsize=16)
 def _phrase_pattern(phrases: ReasoningPhrases) -> tuple[re.Pattern, dict[str, str]]:
     kind_of = {phrase: kind for kind in ("turn", "forward", "summary", "final") for phrase in getattr(phrases, kind)}

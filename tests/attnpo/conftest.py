@@ -1,0 +1,101 @@
+"""A trainer whose completions are given: one rank, no sampling, everything after the sampling real."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+
+from attn_trainers.arithmetic import Problem, build_model, build_tokenizer, prompt_messages, sample_problems
+
+
+@dataclass
+class FixedCompletions:
+    """The completions of each prompt, by its text."""
+
+    tokenizer: object
+    texts: dict[str, list[str]]
+
+    def draw(self, prompt_ids: list[list[int]], first_row: int) -> list[list[int]]:
+        """Completions of consecutive rows of a global batch in which the G rows of a prompt follow each other."""
+        completions = []
+        for row, ids in enumerate(prompt_ids, start=first_row):
+            texts = self.texts[self.tokenizer.decode(ids).removesuffix("<think>")]
+            completions.append(self.tokenizer(texts[row % len(texts)])["input_ids"])
+        return completions
+
+
+def solution(problem: Problem, rechecks: int, wrong: bool = False, end: str = "<eos>") -> str:
+    """A solution with re-checks after its steps, the first steps first."""
+    value, parts = problem.start, []
+    for index, op in enumerate(problem.operations):
+        step = f"{value} {'+' if op > 0 else '-'} {abs(op)} = {value + op}"
+        parts += [step] + [f"Wait, let me check: {step}"] * (rechecks > index)
+        value += op
+    return "\n\n".join(parts) + f"\n\n</think>\\boxed{{{value + wrong}}}{end}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[Problem]:
+    return sample_problems(4, seed=5, num_operations=2)
+
+
+@pytest.fixture(scope="session")
+def dataset(problems) -> Dataset:
+    return Dataset.from_list([{"prompt": prompt_messages(p), "answer": p.answer} for p in problems])
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = build_model(tokenizer, hidden_size=64, num_layers=2)
+    with torch.no_grad():
+        for layer in model.model.layers:  # attention that differs between steps
+            layer.self_attn.q_proj.weight.mul_(8.0)
+    return model
+
+
+@pytest.fixture
+def mix(tokenizer):
+    """Per prompt: short and right, long and right, one re-check and wrong, one re-check and right; some all right."""
+
+    def make(problems: list[Problem], all_right: list[int]) -> FixedCompletions:
+        return FixedCompletions(
+            tokenizer,
+            {
+                problem.text: [
+                    solution(problem, 0),
+                    solution(problem, 2),
+                    solution(problem, 1, wrong=index not in all_right),
+                    solution(problem, 1),
+                ]
+                for index, problem in enumerate(problems)
+            },
+        )
+
+    return make
+
+
+@pytest.fixture
+def mixed(mix, problems) -> FixedCompletions:
+    return mix(problems, all_right=[3])
+
+
+@pytest.fixture
+def make_fixed():
+    """Subclass of a trainer whose sampling hands out given completions."""
+
+    def make(trainer_class: type, completions: FixedCompletions) -> type:
+        class Fixed(trainer_class):
+            def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+                first_row = self.accelerator.process_index * len(prompt_ids)
+                return completions.draw(prompt_ids, first_row), None
+
+        return Fixed
+
+    return make
