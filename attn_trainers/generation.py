@@ -114,6 +114,7 @@ def vllm_generate(
         "top_k": vllm_generation.top_k,
         "min_p": vllm_generation.min_p or 0.0,
         "logprobs": vllm_generation.logprobs,
+        "detokenize": False,
     } | vllm_generation.generation_kwargs
     first, all_requests = 0, list(requests)
     if vllm_generation.tensor_parallel_size > 1:
@@ -124,16 +125,43 @@ def vllm_generate(
         all_requests = [request for part in gathered for request in part]
     if not all_requests:
         return []
-    outputs = vllm_generation.llm.generate(
-        [{"prompt_token_ids": request.prompt_ids} for request in all_requests],
-        sampling_params=[
-            SamplingParams(**(settings | {"max_tokens": request.max_tokens, "seed": request.seed}))
-            for request in all_requests
-        ],
-        use_tqdm=False,
-    )
+    outputs = []
+    for call in engine_calls(vllm_generation, all_requests):
+        outputs += vllm_generation.llm.generate(
+            [{"prompt_token_ids": request.prompt_ids} for request in call],
+            sampling_params=[
+                SamplingParams(**(settings | {"max_tokens": request.max_tokens, "seed": request.seed}))
+                for request in call
+            ],
+            use_tqdm=False,
+        )
     outputs = [output.outputs[0] for output in outputs[first : first + len(requests)]]
     return [GeneratedTokens(list(output.token_ids), sampled_logps(output)) for output in outputs]
+
+
+def engine_calls(
+    vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]
+) -> list[Sequence[GenerationRequest]]:
+    """The requests of each call to the engine: all in one, but for seeded requests on a CPU.
+
+    A request with a seed has a generator of its own. Where a prompt is prefilled in chunks, vLLM takes back what the
+    sampler drew from it in between, which CPU generators cannot do: there, a call holds no more prompt tokens than one
+    engine step takes.
+    """
+    on_cpu = vllm_generation.accelerator.device.type == "cpu"
+    if not on_cpu or all(request.seed is None for request in requests):
+        return [requests]
+    scheduler = vllm_generation.llm.llm_engine.vllm_config.scheduler_config
+    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
+    calls: list[list[GenerationRequest]] = [[]]
+    used = 0
+    for request in requests:
+        used += len(request.prompt_ids)
+        if used > room and calls[-1]:
+            calls.append([])
+            used = len(request.prompt_ids)
+        calls[-1].append(request)
+    return calls
 
 
 class _TokenBudget(StoppingCriteria):

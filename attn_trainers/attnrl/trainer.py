@@ -157,11 +157,11 @@ class AttnRLTrainer(GenerationMixin, GRPOTrainer):
         self.counters["missing_sampling_logps"] += count_missing_logps(sampled)
         for (rollout, offset), s in zip(slots, sampled[: len(slots)], strict=True):
             rollout.branches.append(Continuation(offset, s.token_ids, to_array(s.logps), self.batches_trained))
-        initial = iter(sampled[len(slots) :])
-        for prompt in new:
+        for i, prompt in enumerate(new):
+            first = len(slots) + i * self.args.num_rollouts
             prompt.rollouts = [
                 Rollout(s.token_ids, to_array(s.logps), self.batches_trained)
-                for s, _ in zip(initial, range(self.args.num_rollouts), strict=False)
+                for s in sampled[first : first + self.args.num_rollouts]
             ]
         with self._timed("reward"):
             self._score_completions(branched, new)
