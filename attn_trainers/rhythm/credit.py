@@ -172,18 +172,30 @@ def intro_tokens(waad: Tensor, dominated: Tensor, options: CreditOptions) -> Ten
     return intro
 
 
+def _only(values: Tensor, eligible: Tensor | None) -> Tensor:
+    """`values` with NaN where a token may not be selected."""
+    return values if eligible is None else values.masked_fill(~eligible.to(values.device), math.nan)
+
+
 @torch.no_grad()
 def credit_sets(
-    waad: Tensor, fai: Tensor, options: CreditOptions | None = None, *, largest: bool = True
+    waad: Tensor,
+    fai: Tensor,
+    options: CreditOptions | None = None,
+    *,
+    largest: bool = True,
+    eligible: Tensor | None = None,
 ) -> CreditSets:
     """All token sets of one response; largest=False selects the lowest Delta and FAI (ablation of Table 5).
 
     The thresholds of D are those of Eq 18 in either case: the ablation changes which tokens are preplan and anchor.
+    Tokens outside the mask `eligible` (n,) are neither preplan nor anchor; they may still introduce an anchor.
     """
     options = options or CreditOptions()
     waad, fai = _checked(waad, fai)
-    preplan = preplan_tokens(waad, options.top_fraction, options.delta_mode, largest=largest)
-    anchors = anchor_tokens(fai, options.top_fraction, largest=largest)
+    delta = _only(waad_delta(waad, options.delta_mode), eligible)
+    preplan = top_tokens(delta, options.top_fraction, largest=largest)
+    anchors = anchor_tokens(_only(fai, eligible), options.top_fraction, largest=largest)
     if len(waad) < 2:
         return CreditSets(preplan, anchors, torch.zeros_like(anchors), torch.zeros_like(anchors))
     dominated = locally_dominated_anchors(waad, anchors, options)
@@ -220,7 +232,13 @@ def _checked(waad: Tensor, fai: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _selected_tokens(
-    sets: CreditSets, kind: str, options: CreditOptions, largest: bool, entropies: Tensor | None, generator
+    sets: CreditSets,
+    kind: str,
+    options: CreditOptions,
+    largest: bool,
+    entropies: Tensor | None,
+    generator,
+    eligible: Tensor | None,
 ) -> Tensor:
     if kind == "local":
         return sets.preplan
@@ -229,13 +247,17 @@ def _selected_tokens(
     if kind == "random":
         if generator is None:
             raise ValueError("generator is None: scheme 'random' draws from a torch.Generator, give one")
-        return random_tokens(len(sets.anchors), options.top_fraction, generator).to(sets.anchors.device)
+        if eligible is None:
+            return random_tokens(len(sets.anchors), options.top_fraction, generator).to(sets.anchors.device)
+        draws = torch.rand(len(sets.anchors), generator=generator, device=generator.device)
+        return top_tokens(_only(draws, eligible), options.top_fraction).to(sets.anchors.device)
     if entropies is None or entropies.shape != sets.anchors.shape:
         raise ValueError(
             f"entropies is {None if entropies is None else tuple(entropies.shape)}: scheme 'entropy' needs one entropy"
             f" per response token, {tuple(sets.anchors.shape)}"
         )
-    return top_tokens(entropies.detach().double().to(sets.anchors.device), options.top_fraction, largest=largest)
+    entropies = _only(entropies.detach().double().to(sets.anchors.device), eligible)
+    return top_tokens(entropies, options.top_fraction, largest=largest)
 
 
 @torch.no_grad()
@@ -246,6 +268,7 @@ def credit_factors(
     *,
     entropies: Tensor | None = None,
     generator: torch.Generator | None = None,
+    eligible: Tensor | None = None,
     **options,
 ) -> Tensor:
     """Factors gamma_t (n,) of one response's tokens (arXiv 2510.13554v2 section 5.2, Eq 14-19), detached.
@@ -258,6 +281,7 @@ def credit_factors(
             "coupled_bottom", "entropy_bottom" select the lowest instead of the highest values (Table 5).
         entropies: (n,) in nats, for the entropy schemes: entropy of the distribution each token was sampled from.
         generator: source of randomness, for "random".
+        eligible: (n,) boolean, tokens that may be selected; None: all.
         options: fields of `CreditOptions`; `**vars(options)` passes a whole object.
 
     Returns:
@@ -270,13 +294,13 @@ def credit_factors(
     _require_choice("scheme", scheme, SCHEMES + BOTTOM_SCHEMES)
     settings = CreditOptions.from_keywords(options)
     kind, largest = scheme.removesuffix("_bottom"), not scheme.endswith("_bottom")
-    sets = credit_sets(waad, fai, settings, largest=largest)
+    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
     if kind == "none" or len(waad) < 2:
         return torch.ones_like(waad)
     if kind == "coupled":
         factors = coupled_factors(sets, settings)
     else:
-        selected = _selected_tokens(sets, kind, settings, largest, entropies, generator)
+        selected = _selected_tokens(sets, kind, settings, largest, entropies, generator, eligible)
         factors = 1.0 + (settings.amplification - 1.0) * selected.double()
     if settings.renorm == "mean1":
         factors = factors / factors.mean()
@@ -299,7 +323,15 @@ def apply_sign(factors: Tensor, advantage: Tensor | float, gamma_sign: str = "bo
     return torch.where(scaled, factors, torch.ones_like(factors))
 
 
-def credit_metrics(waad: Tensor, fai: Tensor, factors: Tensor, scheme: str = "coupled", **options) -> dict[str, float]:
+def credit_metrics(
+    waad: Tensor,
+    fai: Tensor,
+    factors: Tensor,
+    scheme: str = "coupled",
+    *,
+    eligible: Tensor | None = None,
+    **options,
+) -> dict[str, float]:
     """What to watch of one response's credit: shares of its n tokens and the mean factor.
 
     `dominated_share` and `intro_share` are |D|/n and |I(D)|/n under the scheme's selection, also where it does not use
@@ -310,7 +342,8 @@ def credit_metrics(waad: Tensor, fai: Tensor, factors: Tensor, scheme: str = "co
     """
     if len(factors) == 0:
         raise ValueError("factors has shape (0,): leave empty responses out of the metrics")
-    sets = credit_sets(waad, fai, CreditOptions.from_keywords(options), largest=not scheme.endswith("_bottom"))
+    settings, largest = CreditOptions.from_keywords(options), not scheme.endswith("_bottom")
+    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
     return {
         "amplified_share": (factors > 1).double().mean().item(),
         "mean_factor": factors.double().mean().item(),

@@ -330,7 +330,7 @@ def combine_advantages(
         gate: "always", or "correct_only": wrong answers get no rhythm and do not enter the group's statistics (in mode
             "total" their rhythm counts as 0).
         correct: (B,) boolean, for gate "correct_only".
-        task_rewards: (B,), for mode "total".
+        task_rewards: (B,), for mode "total"; NaN where the task gave none: advantage 0, left out of the group.
         mask: (B, T) boolean, response tokens, for mode "token".
 
     Returns:
@@ -350,9 +350,10 @@ def combine_advantages(
         raise ValueError("mask is None: mode 'token' needs it")
     counted = torch.ones_like(task_advantages, dtype=torch.bool) if gate == "always" else correct.bool()  # (B,)
     if mode == "total":
+        scored = ~task_rewards.isnan()
         total = task_rewards + lam * torch.where(counted, rhythm_rewards, 0.0)
-        mean, std = _group_statistics(total[:, None], torch.ones_like(counted)[:, None], group_size)
-        return ((total - mean) / (std + 1e-4)).to(task_advantages.dtype)
+        mean, std = _group_statistics(total[:, None], scored[:, None], group_size)
+        return torch.where(scored, (total - mean) / (std + 1e-4), 0.0).to(task_advantages.dtype)
     if mode == "token":
         counted = counted[:, None] & mask.bool()  # (B, T)
         mean, _ = _group_statistics(rhythm_rewards, counted, group_size)
