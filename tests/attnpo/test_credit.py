@@ -205,3 +205,9 @@ def test_bad_arguments_are_refused():
         length_penalised_rewards(torch.ones(3), torch.ones(3), penalty=1.1)
     with pytest.raises(ValueError, match="0 and 1 only"):
         length_penalised_rewards(torch.tensor([0.5]), torch.tensor([4]))
+
+
+def test_leave_one_out_leaves_unscored_responses_out():
+    nan = float("nan")
+    advantages = rloo_advantages(torch.tensor([[0.9, nan, 0.3, 0.0], [nan, nan, 0.9, nan]]))
+    torch.testing.assert_close(advantages, torch.tensor([[0.75, 0.0, -0.15, -0.6], [0.0, 0.0, 0.0, 0.0]]))

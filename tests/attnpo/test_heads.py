@@ -63,3 +63,9 @@ def test_malformed_files_are_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_heads(path)
+
+
+def test_heads_by_the_name_of_a_known_model():
+    assert resolve_heads(SMALL, "runs/tuned", 28, 12) == [(16, 2), (20, 9), (23, 2)]
+    with pytest.raises(ValueError, match="heads='Qwen/Unknown' is neither a file nor a model with known heads"):
+        resolve_heads("Qwen/Unknown", "runs/tuned", 28, 12)
