@@ -179,7 +179,11 @@ def _batches(settings: WarmStart, tokenizer: PreTrainedTokenizerFast, exclude: s
         for i, (row, prompt_length) in enumerate(zip(rows, prompt_lengths, strict=True)):
             input_ids[i, : len(row)] = torch.tensor(row)
             labels[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
-        yield {"input_ids": input_ids, "attention_mask": (input_ids != tokenizer.pad_token_id).long(), "labels": labels}
+        yield {
+            "input_ids": input_ids,
+            "attention_mask": (input_ids != tokenizer.pad_token_id).long(),
+            "labels": labels,
+        }
 
 
 def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = frozenset()) -> Path:

@@ -92,14 +92,10 @@ def sampled_logps(output) -> list[float]:
     vLLM lists the sampled token among the top ones, ordered by rank: it is found by its id, so that asking for more
     log-probs changes nothing.
     """
-    return [
-        logprobs[token_id].logprob for token_id, logprobs in zip(output.token_ids, output.logprobs, strict=True)
-    ]
+    return [logprobs[token_id].logprob for token_id, logprobs in zip(output.token_ids, output.logprobs, strict=True)]
 
 
-def vllm_generate(
-    vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]
-) -> list[GeneratedTokens]:
+def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
     """Sample every request in one vLLM call. The engine must be awake; sampling settings are the trainer's.
 
     Under tensor parallelism all ranks of a group run the group's requests together, each keeps its own.

@@ -69,7 +69,9 @@ def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
     segments_of = tree_segments(prompt.trees())
     lanes = [1 + len(rollout.branches) for rollout in prompt.rollouts]
     figure, axis = plt.subplots(figsize=(11, 0.9 + 0.42 * sum(lanes) + 0.75 * len(lanes)))
-    peak = max((float(r.influence.max()) for r in prompt.rollouts if r.influence is not None and r.influence.size), default=0)
+    peak = max(
+        (float(r.influence.max()) for r in prompt.rollouts if r.influence is not None and r.influence.size), default=0
+    )
     top = 0.0
     for index, (rollout, segments) in enumerate(zip(prompt.rollouts, segments_of, strict=True)):
         base = top - 1.5
@@ -83,7 +85,9 @@ def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
     axis.set_yticks([])
     axis.set_xlabel("completion token")
     axis.spines[["top", "right", "left"]].set_visible(False)
-    title = f"{problem}\nbars: segments by value V(s), with advantage A(s); above: influence of each step; ▾ branch point"
+    title = (
+        f"{problem}\nbars: segments by value V(s), with advantage A(s); above: influence of each step; ▾ branch point"
+    )
     axis.set_title(title, fontsize=10, color=INK, loc="left")
     figure.colorbar(ScalarMappable(cmap=VALUES), ax=axis, label="value V(s)", fraction=0.02, pad=0.01)
     figure.savefig(path, dpi=130, bbox_inches="tight")

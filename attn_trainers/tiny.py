@@ -66,7 +66,9 @@ def to_dataset(problems: Sequence[Problem]) -> Dataset:
     return Dataset.from_list([{"prompt": prompt_messages(p), "answer": p.answer} for p in problems])
 
 
-def prepare(args: TinyArguments, recheck: float = 0.0) -> tuple[Path, PreTrainedTokenizerFast, list[Problem], list[Problem]]:
+def prepare(
+    args: TinyArguments, recheck: float = 0.0
+) -> tuple[Path, PreTrainedTokenizerFast, list[Problem], list[Problem]]:
     """The warm-started model's folder, its tokenizer, training problems and held-out problems.
 
     The warm start runs on one rank, the others wait.

@@ -34,11 +34,13 @@ class Recipe(AttnRLConfig):
     """Settings of this run; those not named here are the defaults of `AttnRLConfig`."""
 
     output_dir: str | None = "runs/attnrl_tiny"
-    learning_rate: float = 2e-4
+    num_rollouts: int = 4  # small trees, so that a batch holds many problems
+    rollouts_per_branch: int = 1
+    learning_rate: float = 3e-4
     per_device_train_batch_size: int = 60
     gradient_accumulation_steps: int = 4
     generation_batch_size: int | None = 480
-    max_steps: int = 80
+    max_steps: int = 160
     max_completion_length: int | None = 48
     min_branch_spacing: int = 0  # a step is 7 tokens long
     influence_delta: int = 2  # a solution has 6 steps

@@ -20,3 +20,34 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("reference data (../shared) is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Word-level tokenizer of the arithmetic task."""
+    from attn_trainers.arithmetic import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Folder of a random two-layer Qwen2 with the arithmetic tokenizer."""
+    import torch
+
+    from attn_trainers.arithmetic import build_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    build_model(tiny_tokenizer, hidden_size=64, num_layers=2).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arithmetic_dataset():
+    """24 problems with conversational prompts and answers."""
+    from attn_trainers.arithmetic import sample_problems
+    from attn_trainers.tiny import to_dataset
+
+    return to_dataset(sample_problems(24, seed=0))

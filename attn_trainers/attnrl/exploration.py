@@ -255,7 +255,7 @@ def choose_expanded(correct: Sequence[bool], rounding: str, rng: random.Random) 
 class PromptBatchController:
     """Draws as many prompts as fill a training batch with rows that carry signal (eq. 10).
 
-    B_{m+1} = Round(λ B_m + (1 - λ) B' B_i / B''_i), where B' is the wanted number of rows and B''_i the rows that
+    B_{m+1} = λ B_m + (1 - λ) B' B_i / B''_i, rounded to draw prompts, where B' is the wanted number of rows and B''_i the rows that
     prompt batch i, the last one trained, gave for its B_i prompts.
 
     Args:
@@ -291,8 +291,17 @@ class PromptBatchController:
             raise ValueError(f"max_change={max_change} must be at least 1, which holds the prompt batch constant.")
         if max_size is not None and max_size < size:
             raise ValueError(f"max_size={max_size} is below size={size}; raise max_size or start with fewer prompts.")
-        self.target_rows, self.size, self.smoothing = target_rows, size, smoothing
-        self.rounding, self.max_change, self.max_size = rounding, max_change, max_size
+        self.target_rows, self.smoothing, self.rounding = target_rows, smoothing, rounding
+        self.max_change, self.max_size = max_change, max_size
+        # Kept unrounded: steps of less than half a prompt, as λ makes them for small batches, must add up.
+        self._exact = float(size)
+
+    @property
+    def size(self) -> int:
+        """Prompts to draw next."""
+        # Products of floats are not exact: 0.9 · 64 + 0.1 · 64 must not count as above 64.
+        exact = round(self._exact, 9)
+        return max(1, math.ceil(exact) if self.rounding == "ceil" else math.floor(exact + 0.5))
 
     def update(self, prompts_drawn: int, rows_with_signal: int) -> int:
         """Set the next prompt batch by the yield of a trained one, and return it.
@@ -301,18 +310,15 @@ class PromptBatchController:
             prompts_drawn: B_i.
             rows_with_signal: B''_i.
         """
-        most, least = self.size * self.max_change, self.size / self.max_change
+        most, least = self._exact * self.max_change, self._exact / self.max_change
         target = self.target_rows * prompts_drawn / rows_with_signal if rows_with_signal else most
         target = min(max(target, least), most)
-        exact = self.smoothing * self.size + (1.0 - self.smoothing) * target
-        # The sum of two products is not exact: 0.9 · 64 + 0.1 · 64 must not count as above 64.
-        exact = round(exact, 9)
-        size = math.ceil(exact) if self.rounding == "ceil" else math.floor(exact + 0.5)
-        self.size = max(1, size if self.max_size is None else min(size, self.max_size))
+        exact = self.smoothing * self._exact + (1.0 - self.smoothing) * target
+        self._exact = min(exact, self.max_size or exact)
         return self.size
 
-    def state_dict(self) -> dict[str, int]:
-        return {"size": self.size}
+    def state_dict(self) -> dict[str, float]:
+        return {"exact_size": self._exact}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.size = state["size"]
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._exact = state["exact_size"]

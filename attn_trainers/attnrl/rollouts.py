@@ -33,7 +33,9 @@ class PromptStream:
 
     def __init__(self, size: int, seed: int, shuffle: bool = True):
         if size < 1:
-            raise ValueError(f"train_dataset has {size} prompts; at least 1 is needed. Check the data and its filters.")
+            raise ValueError(
+                f"train_dataset has {size} prompts; at least 1 is needed. Check the data and its filters."
+            )
         self.size, self.seed, self.shuffle = size, seed, shuffle
         self.next_serial = 0
         self._epoch, self._order = -1, range(size)

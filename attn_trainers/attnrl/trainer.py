@@ -18,6 +18,8 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from ..attention import InfluenceObserver, observe_attention
 from ..checkpoints import read_state, write_state
 from ..generation import GenerationMixin, GenerationRequest, count_missing_logps
+from ..hub import CardMixin
+from ..interruption import SafeExitMixin
 from . import metrics
 from .batch import (
     TrainingRow,
@@ -39,7 +41,7 @@ from .rollouts import Continuation, Draw, PromptRollouts, PromptStream, Rollout,
 from .steps import StepDelimiters, segment_steps
 
 
-class AttnRLTrainer(GenerationMixin, GRPOTrainer):
+class AttnRLTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
@@ -80,12 +82,12 @@ class AttnRLTrainer(GenerationMixin, GRPOTrainer):
         for name in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is set, but AttnRL branches single-turn completions; leave {name} unset.")
-        super().__init__(model, reward_funcs, args=args, **kwargs)
-        if isinstance(self.train_dataset, IterableDataset):
+        if isinstance(kwargs.get("train_dataset"), IterableDataset):
             raise ValueError(
                 "train_dataset is an IterableDataset; AttnRL draws prompts by index, as many as each step needs. Pass a "
                 "Dataset."
             )
+        super().__init__(model, reward_funcs, args=args, **kwargs)
         self.delimiters = StepDelimiters.from_tokenizer(self._tokenizer, args.end_of_thinking)
         self.stream = PromptStream(len(self.train_dataset), args.seed, shuffle=args.shuffle_dataset is not False)
         prompt_batch = args.generation_batch_size // args.num_generations
@@ -247,9 +249,7 @@ class AttnRLTrainer(GenerationMixin, GRPOTrainer):
             self._read_chunk(chunk)
 
     def _read_chunk(self, chunk: Sequence[tuple[list[int], Rollout]]) -> None:
-        rows = [
-            TrainingRow.unscored(prompt_ids, rollout.tokens) for prompt_ids, rollout in chunk
-        ]
+        rows = [TrainingRow.unscored(prompt_ids, rollout.tokens) for prompt_ids, rollout in chunk]
         batch = self._to_device(collate(rows, self._tokenizer.pad_token_id))
         segmentations = [
             segment_steps(len(prompt_ids), rollout.tokens, self.delimiters) for prompt_ids, rollout in chunk
@@ -427,6 +427,11 @@ class AttnRLTrainer(GenerationMixin, GRPOTrainer):
         start = time.perf_counter()
         yield
         self._metrics["train"][f"attnrl/seconds/{name}"].append(time.perf_counter() - start)
+
+    def card_settings(self) -> dict[str, object]:
+        settings = super().card_settings()
+        settings |= {"leaf budget of a prompt": self.args.num_generations, "last prompt batch": self.controller.size}
+        return settings
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
