@@ -1,5 +1,6 @@
 """A trainer whose completions are given: one rank, no sampling, everything after the sampling real."""
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -25,14 +26,27 @@ class FixedCompletions:
         return completions
 
 
-def solution(problem: Problem, rechecks: int, wrong: bool = False, end: str = "<eos>") -> str:
-    """A solution with re-checks after its steps, the first steps first."""
+def solution(problem: Problem, rechecks: int, wrong: bool = False, slip: int = 0) -> str:
+    """A solution with re-checks after its first steps.
+
+    Args:
+        problem: what is solved.
+        rechecks: number of steps that are checked again.
+        wrong: whether the answer is not what the last step says.
+        slip: error of the last step.
+    """
     value, parts = problem.start, []
     for index, op in enumerate(problem.operations):
-        step = f"{value} {'+' if op > 0 else '-'} {abs(op)} = {value + op}"
+        result = value + op + slip * (index == len(problem.operations) - 1)
+        step = f"{value} {'+' if op > 0 else '-'} {abs(op)} = {result}"
         parts += [step] + [f"Wait, let me check: {step}"] * (rechecks > index)
-        value += op
-    return "\n\n".join(parts) + f"\n\n</think>\\boxed{{{value + wrong}}}{end}"
+        value = result
+    return "\n\n".join(parts) + f"\n\n</think>\\boxed{{{value + wrong}}}<eos>"
+
+
+@pytest.fixture(scope="session")
+def solution_of():
+    return solution
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +72,34 @@ def model(tokenizer):
         for layer in model.model.layers:  # attention that differs between steps
             layer.self_attn.q_proj.weight.mul_(8.0)
     return model
+
+
+@pytest.fixture(scope="session")
+def doubtful(tokenizer, problems, tmp_path_factory):
+    """Folder of a model that solves `problems` with re-checks, one time in three right, and boxes its last result.
+
+    So its answer hangs on that step, as it would not if the problem alone gave it away.
+    """
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    model = build_model(tokenizer, hidden_size=64, num_layers=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        slips = rng.choices([0, 1, 2, 3, 4, 5, 6, 7, 8], weights=[4] + [1] * 8, k=24)
+        texts = [
+            problem.text + "<think>" + solution(problem, rng.randint(0, 2), slip=slip)
+            for problem, slip in zip(problems * 6, slips, strict=True)
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("doubtful")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
