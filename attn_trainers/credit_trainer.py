@@ -17,6 +17,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from .attention import AttentionObserver, LayerAttention, forward_for_attention, observe_attention
 from .checkpoints import check_save_interval
 from .generation import GenerationMixin
+from .hub import CardMixin
+from .interruption import SafeExitMixin
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class _TimedObserver:
         self.seconds += time.perf_counter() - start
 
 
-class AttentionCreditTrainer(GenerationMixin, GRPOTrainer):
+class AttentionCreditTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
     """
     Base of trainers whose per-token credit comes from attention.
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from .hub import CardNotes, publish
+from .interruption import last_whole_checkpoint
 from .modeling import build_byte_model, load_tokenizer
 
 
@@ -127,11 +128,6 @@ def with_prompts(
     return kept, len(built) - len(kept)
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest whole checkpoint of an earlier run into the same folder."""
-    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-
-
 def set_model_init_kwargs(training_args: GRPOConfig, model_args: ModelConfig) -> None:
     """Hand the model settings of the command line to the trainer, which loads the model."""
     kwargs = {
@@ -188,13 +184,10 @@ def train(
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    checkpoint = training_args.resume_from_checkpoint or last_checkpoint(training_args.output_dir)
+    trainer.card_notes = CardNotes(dataset=script_args.dataset)
+    checkpoint = training_args.resume_from_checkpoint or last_whole_checkpoint(training_args.output_dir)
     if checkpoint:
         trainer.accelerator.print(f"Resuming from {checkpoint}.")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset)
-        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+    publish(trainer, trainer.card_notes)
     return trainer

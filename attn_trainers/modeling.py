@@ -15,7 +15,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 
 # Names under which a tokenizer says of itself that its tokenizer.json is all there is to it.
-_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _BYTE_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         OSError: if there is no tokenizer.
     """
     kwargs = {"revision": revision} if revision else {}
-    generic = get_tokenizer_config(str(path), **kwargs).get("tokenizer_class") in _GENERIC_CLASSES
+    generic = get_tokenizer_config(str(path), **kwargs).get("tokenizer_class") in GENERIC_TOKENIZERS
     tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(str(path), **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
