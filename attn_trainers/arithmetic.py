@@ -1,9 +1,9 @@
 """Multi-step arithmetic: a reasoning task small enough that a CPU trains on it in minutes.
 
-A problem is a chain of one-digit additions and subtractions. Its solution is the shape of a reasoning model's answer: a
-`<think>` part in paragraphs, one per operation, then `</think>` and a boxed result. A noisy teacher writes some results
-wrong and goes on from the wrong value, so that a model warm-started on it knows the format and the facts and samples both
-right and wrong chains: something for reinforcement learning to choose from.
+A problem is a chain of one-digit additions and subtractions. Its solution is the shape of a reasoning model's answer:
+a `<think>` part in paragraphs, one per operation, then `</think>` and a boxed result. A noisy teacher writes some
+results wrong and goes on from the wrong value, so that a model warm-started on it knows the format and the facts and
+samples both right and wrong chains: something for reinforcement learning to choose from.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A chain `start (+|-) d (+|-) d ...`; `operations` are signed digits, all partial results lie in [0, MAX_VALUE]."""
+    """A chain `start (+|-) d (+|-) d ...`; `operations` are signed digits, partial results in [0, MAX_VALUE]."""
 
     start: int
     operations: tuple[int, ...]
@@ -116,7 +116,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 4, tie_word_embeddings: bool = False
 ) -> Qwen2ForCausalLM:
-    """Qwen2 from scratch with heads of 32 (the smallest that vLLM's CPU attention takes), two query heads per KV head."""
+    """Qwen2 from scratch with heads of 32 (the smallest that vLLM's CPU attention takes), two to a key head."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

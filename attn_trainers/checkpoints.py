@@ -1,7 +1,8 @@
 """Checkpoints at generation boundaries, and method state beside them.
 
-A generation batch is trained on in several optimizer steps. TRL restarts its step counter on resume, so a checkpoint in the
-middle of a batch would repeat that batch's prompts and shift all later ones: checkpoints are made between batches only.
+A generation batch is trained on in several optimizer steps. TRL restarts its step counter on resume, so a checkpoint
+in the middle of a batch would repeat that batch's prompts and shift all later ones: checkpoints are made between
+batches only.
 """
 
 import json

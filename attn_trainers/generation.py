@@ -1,8 +1,8 @@
 """Completions of arbitrary prefixes, each with a length limit of its own, through vLLM colocate or transformers.
 
 TRL's `VLLMGeneration.generate` builds one `SamplingParams` for all prompts. Branching needs one per request, since a
-continuation may only use what its prefix left of the completion budget. `GenerationMixin` adds that to a `GRPOTrainer`, and
-with it a weight sync that is right on GPU and CPU.
+continuation may only use what its prefix left of the completion budget. `GenerationMixin` adds that to a
+`GRPOTrainer`, and with it a weight sync that is right on GPU and CPU.
 """
 
 import logging
@@ -56,8 +56,9 @@ class GeneratedTokens:
 def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
     """Push the trainer's weights to vLLM.
 
-    On a GPU and for a server this is TRL's own sync. vLLM's CPU backend packs the weights of its linear layers and drops the
-    originals, so that weights cannot be written into it one by one: there the layers are loaded anew and packed again.
+    On a GPU and for a server this is TRL's own sync. vLLM's CPU backend packs the weights of its linear layers and
+    drops the originals, so that weights cannot be written into it one by one: there the layers are loaded anew and
+    packed again.
     """
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
     if vllm_generation.mode != "colocate" or not on_cpu:

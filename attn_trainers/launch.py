@@ -1,7 +1,7 @@
 """What the recipes share: command line, data, resume, saving and publishing.
 
-A recipe states its settings as dataclass defaults and calls `train`. Any field can be set on the command line or in a YAML
-file given by `--config`.
+A recipe states its settings as dataclass defaults and calls `train`. Any field can be set on the command line or in a
+YAML file given by `--config`.
 """
 
 import logging

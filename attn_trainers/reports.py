@@ -1,4 +1,5 @@
-"""Pictures and tables of a run: training curves, and the trees of one prompt with influence, values and branch points."""
+"""Pictures and tables of a run: training curves, and the trees of one prompt with influence, values and branch
+points."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,8 @@ Any field can be set on the command line or in a YAML file (`--config FILE`). On
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/attnrl_1p5b.py \\
         --use_peft --lora_r 32 --lora_alpha 64 --learning_rate 1e-5 --generation_batch_size 240
 
-A run that was cut off goes on from its last checkpoint when it is launched again. `--push_to_hub` publishes the result.
-A generation batch holds 64 prompts x 30 leaves = 1920 rows, trained on in 10 updates of 192 rows
+A run that was cut off goes on from its last checkpoint when it is launched again. `--push_to_hub` publishes the
+result. A generation batch holds 64 prompts x 30 leaves = 1920 rows, trained on in 10 updates of 192 rows
 (`per_device_train_batch_size` x GPUs x `gradient_accumulation_steps`).
 """
 

@@ -2,9 +2,9 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnrl_tiny.py
 
-A noisy teacher warm-starts the model (cached in `--cache_dir`); AttnRL then trains it under vLLM colocate and evaluates it
-on held-out problems before and after. Any field can be set on the command line, e.g. `--branching random` or
-`--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm false`.
+A noisy teacher warm-starts the model (cached in `--cache_dir`); AttnRL then trains it under vLLM colocate and
+evaluates it on held-out problems before and after. Any field can be set on the command line, e.g. `--branching random`
+or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm false`.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png` and `trees.png`.
 """

@@ -1,6 +1,7 @@
 """From the trees of many prompts to micro-batches of training rows, the same on every rank.
 
-All functions are pure: given the prompts in one order, every rank computes the same arrangement and takes its own part.
+All functions are pure: given the prompts in one order, every rank computes the same arrangement and takes its own
+part.
 """
 
 import random
@@ -52,7 +53,7 @@ def _sampling_logps(logps: np.ndarray | None, length: int) -> np.ndarray:
 
 
 def training_rows(prompt: PromptRollouts, train_unexpanded: bool) -> list[TrainingRow]:
-    """Rows of one prompt: one per leaf of its expanded trees, and per unexpanded rollout if wanted (attnrl 5.3, 5.4)."""
+    """Rows of one prompt: one per leaf of its expanded trees, and one per unexpanded rollout if wanted."""
     rows = []
     for path in tree_paths(prompt.trees()):
         rollout = prompt.rollouts[path.tree]
@@ -96,8 +97,8 @@ def arrange_rows(
 ) -> list[list[list[TrainingRow | None]]]:
     """Spread rows over micro-batches and ranks.
 
-    Rows of like length share a micro-batch, so that little of it is padding and the ranks take alike long; the order of
-    the micro-batches is shuffled, so that each update sees all lengths. Missing rows are `None`, spread evenly.
+    Rows of like length share a micro-batch, so that little of it is padding and the ranks take alike long; the order
+    of the micro-batches is shuffled, so that each update sees all lengths. Missing rows are `None`, spread evenly.
 
     Args:
         rows: at most `num_micro_batches * num_ranks * rows_per_rank`.
@@ -128,8 +129,8 @@ def arrange_rows(
 def collate(rows: Sequence[TrainingRow | None], pad_token_id: int) -> dict[str, Tensor]:
     """Tensors of one micro-batch on one rank, prompts padded on the left and completions on the right.
 
-    A row that is `None` becomes one prompt token and one masked completion token: the forward and backward run over it,
-    the loss and its normaliser do not see it.
+    A row that is `None` becomes one prompt token and one masked completion token: the forward and backward run over
+    it, the loss and its normaliser do not see it.
 
     Returns:
         `prompt_ids`, `prompt_mask` (B, P); `completion_ids`, `completion_mask`, `advantages`, `old_per_token_logps`,

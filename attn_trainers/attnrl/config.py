@@ -18,15 +18,18 @@ class AttnRLConfig(GRPOConfig):
     r"""
     Configuration class for [`AttnRLTrainer`].
 
-    Holds the parameters of AttnRL ([Attention as a Compass](https://huggingface.co/papers/2509.26628)); the defaults are
-    the published settings. All other parameters are those of [`~trl.GRPOConfig`], of which these have other defaults:
+    Holds the parameters of AttnRL ([Attention as a Compass](https://huggingface.co/papers/2509.26628)); the defaults
+    are the published settings. All other parameters are those of [`~trl.GRPOConfig`], of which these have other
+    defaults:
 
     - `num_generations` is derived: the leaf budget of a prompt, `num_rollouts * (1 + num_branch_points *
-      rollouts_per_branch)`. A generation batch (`generation_batch_size`) holds that many training rows per prompt at most.
-    - `epsilon_high=0.28`, `delta=3.0` (dual clip), `beta=0.001` without bias correction (`use_bias_correction_kl=False`),
-      `loss_type="dapo"` (token mean), `lr_scheduler_type="constant"`, `max_completion_length=8192`.
-    - `vllm_importance_sampling_mode="token_truncate"`: the tokens of a row stem from two policies, so the correction is
-      taken token by token.
+      rollouts_per_branch)`. A generation batch (`generation_batch_size`) holds that many training rows per prompt at
+      most.
+    - `epsilon_high=0.28`, `delta=3.0` (dual clip), `beta=0.001` without bias correction
+      (`use_bias_correction_kl=False`), `loss_type="dapo"` (token mean), `lr_scheduler_type="constant"`,
+      `max_completion_length=8192`.
+    - `vllm_importance_sampling_mode="token_truncate"`: the tokens of a row stem from two policies, so the correction
+      is taken token by token.
 
     Parameters:
         > Parameters that control the tree of a prompt
@@ -38,13 +41,13 @@ class AttnRLConfig(GRPOConfig):
         rollouts_per_branch (`int`, *optional*, defaults to `2`):
             Continuations sampled at each branch point (T).
         branching (`str`, *optional*, defaults to `"attention"`):
-            Where to branch: `"attention"` (steps that later steps attend to), `"entropy"` (tokens of highest entropy, as in
-            TreeRL), `"random"` (random steps) or `"first_steps"`.
+            Where to branch: `"attention"` (steps that later steps attend to), `"entropy"` (tokens of highest entropy,
+            as in TreeRL), `"random"` (random steps) or `"first_steps"`.
         branch_top_fraction (`float`, *optional*, defaults to `0.2`):
             Share of the steps, by influence, that are candidates (ρ).
         min_branch_spacing (`int`, *optional*, defaults to `512`):
-            Tokens between the end of one branching step and the start of the next, and before the first. `0` recovers the
-            paper's text, which has no such rule.
+            Tokens between the end of one branching step and the start of the next, and before the first. `0` recovers
+            the paper's text, which has no such rule.
         influence_delta (`int`, *optional*, defaults to `4`):
             Influence of a step counts the attention from steps at least this much later (Δ).
         end_of_thinking (`str`, *optional*, defaults to `"</think>"`):
@@ -74,8 +77,8 @@ class AttnRLConfig(GRPOConfig):
             One generation call per step: continuations of this batch together with the initial rollouts of the next.
             `False` samples both for the same batch, in two calls.
         seeded_sampling (`bool`, *optional*, defaults to `False`):
-            Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a GPU
-            it costs sampling speed.
+            Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a
+            GPU it costs sampling speed.
     """
 
     num_rollouts: int = field(default=6, metadata={"help": "Initial rollouts per prompt (G)."})

@@ -255,8 +255,8 @@ def choose_expanded(correct: Sequence[bool], rounding: str, rng: random.Random) 
 class PromptBatchController:
     """Draws as many prompts as fill a training batch with rows that carry signal (eq. 10).
 
-    B_{m+1} = λ B_m + (1 - λ) B' B_i / B''_i, rounded to draw prompts, where B' is the wanted number of rows and B''_i the rows that
-    prompt batch i, the last one trained, gave for its B_i prompts.
+    B_{m+1} = λ B_m + (1 - λ) B' B_i / B''_i, rounded to draw prompts, where B' is the wanted number of rows and B''_i
+    the rows that prompt batch i, the last one trained, gave for its B_i prompts.
 
     Args:
         target_rows: B'.

@@ -157,8 +157,8 @@ def ratio_metrics(trainer, batch: dict[str, Tensor], logps: Tensor) -> dict[str,
 def flush_reward_logs(trainer) -> None:
     """Put what reward functions logged through `log_metric` and `log_extra` where TRL puts it.
 
-    The parent class does this inside the method that AttnRL's pipeline replaces. Names are sorted so that all ranks gather
-    in the same order.
+    The parent class does this inside the method that AttnRL's pipeline replaces. Names are sorted so that all ranks
+    gather in the same order.
     """
     for name in sorted(set(gather_object(list(trainer._pending_metrics)))):
         values = trainer._pending_metrics.get(name, [])

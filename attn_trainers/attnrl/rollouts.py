@@ -1,4 +1,5 @@
-"""What is known of a prompt on its way through the pipeline: its rollouts, their branches, and the stream it came from."""
+"""What is known of a prompt on its way through the pipeline: its rollouts, their branches, and the stream it came
+from."""
 
 import random
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ class Draw:
 class PromptStream:
     """An endless, shuffled sequence of data set indices whose whole state is a count.
 
-    Draw s is entry s mod size of the permutation of epoch s div size, so that a resumed run, and a run on any number of
-    ranks, draws the same prompts.
+    Draw s is entry s mod size of the permutation of epoch s div size, so that a resumed run, and a run on any number
+    of ranks, draws the same prompts.
 
     Args:
         size: number of prompts in the data set.

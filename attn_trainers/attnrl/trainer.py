@@ -45,16 +45,16 @@ class AttnRLTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
-    [Attention as a Compass](https://huggingface.co/papers/2509.26628) branches each rollout at the steps that later steps
-    attend to most, spends samples where prompts are hard, and trains on tree advantages. A training step m makes one
-    generation call with the policy π_{m-1}: the continuations of prompt batch m together with the initial rollouts of
-    batch m+1. One no-grad forward over the initial rollouts gives their old log-probs and their attention signal.
+    [Attention as a Compass](https://huggingface.co/papers/2509.26628) branches each rollout at the steps that later
+    steps attend to most, spends samples where prompts are hard, and trains on tree advantages. A training step m makes
+    one generation call with the policy π_{m-1}: the continuations of prompt batch m together with the initial rollouts
+    of batch m+1. One no-grad forward over the initial rollouts gives their old log-probs and their attention signal.
 
     Evaluation is plain GRPO generation.
 
     Args:
-        model, reward_funcs, args, kwargs: as for [`~trl.GRPOTrainer`]; `args` is an [`AttnRLConfig`]. Tools, environments,
-            `rollout_func` and iterable data sets are not supported.
+        model, reward_funcs, args, kwargs: as for [`~trl.GRPOTrainer`]; `args` is an [`AttnRLConfig`]. Tools,
+            environments, `rollout_func` and iterable data sets are not supported.
 
     Raises:
         ValueError: for settings that the pipeline cannot honour, naming field, value and fix.
@@ -68,8 +68,11 @@ class AttnRLTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{liu2025attention,
-                title        = {{Attention as a Compass: Efficient Exploration for Process-Supervised RL in Reasoning Models}},
-                author       = {Runze Liu and Jiakang Wang and Yuling Shi and Zhihui Xie and Chenxin An and Kaiyan Zhang and Jian Zhao and Xiaodong Gu and Lei Lin and Wenping Hu and Xiu Li and Fuzheng Zhang and Guorui Zhou and Kun Gai},
+                title        = {{Attention as a Compass: Efficient Exploration for Process-Supervised RL in
+                                 Reasoning Models}},
+                author       = {Runze Liu and Jiakang Wang and Yuling Shi and Zhihui Xie and Chenxin An and
+                                Kaiyan Zhang and Jian Zhao and Xiaodong Gu and Lei Lin and Wenping Hu and Xiu Li
+                                and Fuzheng Zhang and Guorui Zhou and Kun Gai},
                 year         = 2025,
                 eprint       = {arXiv:2509.26628},
             }"""),
@@ -84,8 +87,8 @@ class AttnRLTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
                 raise ValueError(f"{name} is set, but AttnRL branches single-turn completions; leave {name} unset.")
         if isinstance(kwargs.get("train_dataset"), IterableDataset):
             raise ValueError(
-                "train_dataset is an IterableDataset; AttnRL draws prompts by index, as many as each step needs. Pass a "
-                "Dataset."
+                "train_dataset is an IterableDataset; AttnRL draws prompts by index, as many as each step needs. "
+                "Pass a Dataset."
             )
         super().__init__(model, reward_funcs, args=args, **kwargs)
         self.delimiters = StepDelimiters.from_tokenizer(self._tokenizer, args.end_of_thinking)
@@ -143,7 +146,8 @@ class AttnRLTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
     def _sample(self, branched: Sequence[PromptRollouts], draws: Sequence[Draw]) -> list[PromptRollouts]:
-        """One generation call: the continuations of `branched` and the initial rollouts of this rank's part of `draws`.
+        """One generation call: the continuations of `branched` and the initial rollouts of this rank's part of
+        `draws`.
 
         Both are scored in one call too; then the attention signal and the old log-probs of the new rollouts are taken,
         with the weights that sampled them.

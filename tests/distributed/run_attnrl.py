@@ -1,0 +1,104 @@
+"""Trains AttnRL for three generation batches and writes what happened; launched by test_attnrl.py on one or two
+ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerFast
+
+from attn_trainers import AttnRLConfig, AttnRLTrainer
+from attn_trainers.arithmetic import sample_problems
+from attn_trainers.tiny import to_dataset
+
+
+ROWS_PER_MICRO_BATCH = 12
+
+
+def odd_sum(completions, completion_ids, **kwargs):
+    """Right and wrong completions in about equal shares, whatever the model writes."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+class RecordingTrainer(AttnRLTrainer):
+    """Counts forwards and backwards, and keeps the prompts of each batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches, self.forwards, self.losses = [], 0, 0
+
+    def _training_micro_batches(self, prompts, num_drawn):
+        self.batches.append(prompts)
+        return super()._training_micro_batches(prompts, num_drawn)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        self.forwards += 1
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        self.losses += 1
+        return super()._compute_loss(model, inputs)
+
+
+def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
+    args = AttnRLConfig(
+        output_dir=str(Path(output).parent / "out"),
+        per_device_train_batch_size=ROWS_PER_MICRO_BATCH // num_ranks,
+        steps_per_generation=4,
+        gradient_accumulation_steps=2,
+        num_rollouts=4,
+        rollouts_per_branch=1,
+        max_steps=6,
+        optim="sgd",  # its step is linear in the gradient, so that equal gradients give equal weights
+        learning_rate=0.5,
+        max_completion_length=16,
+        min_branch_spacing=0,
+        influence_delta=1,
+        seeded_sampling=True,
+        use_vllm=use_vllm,
+        vllm_max_model_length=128,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+    )
+    trainer = RecordingTrainer(
+        model_dir,
+        odd_sum,
+        args,
+        train_dataset=to_dataset(sample_problems(24, seed=0)),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(model_dir),
+    )
+    trainer.train()
+    assert trainer.accelerator.num_processes == num_ranks
+    work = gather_object([[trainer.forwards, trainer.losses]])
+    trainer.save_model(str(Path(output).with_suffix("")))
+    if trainer.accelerator.is_main_process:
+        batches = [
+            [
+                [
+                    p.draw.serial,
+                    [[r.tokens, r.reward, [[c.offset, c.tokens, c.reward] for c in r.branches]] for r in p.rollouts],
+                ]
+                for p in prompts
+            ]
+            for prompts in trainer.batches
+        ]
+        state = trainer.pipeline_state()
+        state.pop("counters")
+        names = (
+            "loss",
+            "grad_norm",
+            "attnrl/rows_trained",
+            "attnrl/reward_mc",
+            "sampling/sampling_logp_difference/mean",
+        )
+        history = [{name: entry.get(name) for name in names} for entry in trainer.state.log_history if "loss" in entry]
+        Path(output).write_text(json.dumps({"batches": batches, "state": state, "history": history, "work": work}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "vllm")

@@ -1,0 +1,54 @@
+"""One rank's samples, rows, losses, weights and controllers equal two ranks', under DDP and ZeRO-3 with vLLM
+colocate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str = "vllm") -> dict:
+    output = folder / f"{config}-{generation}.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(Path(__file__).with_name("run_attnrl.py"))]
+    done = subprocess.run(
+        [*command, str(model_dir), str(output), str(num_ranks), generation],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text()) | {"weights": load_file(output.with_suffix("") / "model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_model_dir, tmp_path_factory):
+    return launch("cpu", 1, tiny_model_dir, tmp_path_factory.mktemp("one-rank"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3"])
+def test_two_ranks_equal_one(config, one_rank, tiny_model_dir, tmp_path):
+    two_ranks = launch(config, 2, tiny_model_dir, tmp_path)
+    assert two_ranks["batches"] == one_rank["batches"]
+    assert len(one_rank["batches"]) == 3
+    for name, value in one_rank["state"].items():
+        assert two_ranks["state"][name] == pytest.approx(value, rel=1e-4)
+    for one, two in zip(one_rank["history"], two_ranks["history"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["attnrl/rows_trained"] == one["attnrl/rows_trained"]
+    for name, weight in one_rank["weights"].items():
+        torch.testing.assert_close(two_ranks["weights"][name], weight, rtol=1e-3, atol=1e-5)
+    (first, second) = two_ranks["work"]
+    assert first == second  # as many forwards and backwards on every rank
+    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in two_ranks["history"]]
+    assert max(d for d in differences if d is not None) < 5e-3  # the engines follow the weights
