@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .attention import AttentionObserver, LayerAttention, forward_for_attention, observe_attention
+from .base_trainer import BaseTrainer
 from .checkpoints import check_save_interval
-from .generation import GenerationMixin
-from .hub import CardMixin
-from .interruption import SafeExitMixin
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class _TimedObserver:
         self.seconds += time.perf_counter() - start
 
 
-class AttentionCreditTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
+class AttentionCreditTrainer(BaseTrainer):
     """
     Base of trainers whose per-token credit comes from attention.
 

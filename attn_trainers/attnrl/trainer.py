@@ -11,15 +11,13 @@ import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import Tensor
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from ..attention import InfluenceObserver, observe_attention
+from ..base_trainer import BaseTrainer
 from ..checkpoints import read_state, write_state
-from ..generation import GenerationMixin, GenerationRequest, count_missing_logps
-from ..hub import CardMixin
-from ..interruption import SafeExitMixin
+from ..generation import GenerationRequest, count_missing_logps
 from . import metrics
 from .batch import (
     TrainingRow,
@@ -41,7 +39,7 @@ from .rollouts import Continuation, Draw, PromptRollouts, PromptStream, Rollout,
 from .steps import StepDelimiters, segment_steps
 
 
-class AttnRLTrainer(CardMixin, SafeExitMixin, GenerationMixin, GRPOTrainer):
+class AttnRLTrainer(BaseTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
