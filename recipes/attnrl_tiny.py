@@ -104,7 +104,7 @@ def report(trainer: AttnRLTrainer, before, after, seconds: dict[str, float]) -> 
         "before": asdict(before),
         "after": asdict(after),
         "seconds": seconds,
-        "counters": trainer.counters,
+        "counters": trainer.counter_totals,
         "updates": trainer.state.global_step,
         "log_history": trainer.state.log_history,
     }

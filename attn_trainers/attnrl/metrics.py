@@ -108,15 +108,13 @@ def batch_metrics(
             [trainer.batches_trained - c.policy for p in prompts for r in p.rollouts for c in r.branches]
         ),
     }
-    counts = torch.tensor([trainer.counters[name] for name in COUNTERS], device=trainer.accelerator.device)
-    totals = trainer.accelerator.gather(counts.unsqueeze(0)).sum(dim=0).tolist()
-    values |= dict(zip(COUNTERS, map(float, totals), strict=True))
+    values |= {name: float(total) for name, total in trainer.counter_totals.items()}
     values = {f"attnrl/{name}": value for name, value in values.items()}
     lengths = [len(r.tokens) for p in prompts for r in p.rollouts]
     ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
     rewards = [r.reward for p in prompts for r in p.rollouts]
     values |= {
-        "num_tokens": float(totals[COUNTERS.index("generated_tokens")]),
+        "num_tokens": float(trainer.counter_totals["generated_tokens"]),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths, default=0)),
         "completions/max_length": float(max(lengths, default=0)),

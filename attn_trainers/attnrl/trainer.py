@@ -101,7 +101,8 @@ class AttnRLTrainer(BaseTrainer):
         )
         self.easy_influence = RunningMean()
         self.batches_trained = 0  # index of the current policy: training batches behind it
-        self.counters = dict.fromkeys(metrics.COUNTERS, 0)
+        self.counters = dict.fromkeys(metrics.COUNTERS, 0)  # of this rank
+        self.counter_totals = dict(self.counters)  # of all ranks, as of the latest training batch
         self._in_flight: tuple[int, int] | None = None  # first draw and number of draws of the batch sampled ahead
         self._pending: list[PromptRollouts] | None = None  # this rank's part of it
         self._loss_logps: Tensor | None = None
@@ -359,6 +360,9 @@ class AttnRLTrainer(BaseTrainer):
         trained = fit_capacity([len(rows) for rows in rows_of], args.generation_batch_size)
         rows = [row for index in trained for row in rows_of[index]]
         self.last_prompts = prompts
+        counts = torch.tensor([list(self.counters.values())], device=self.accelerator.device)
+        totals = self.accelerator.gather(counts).sum(dim=0).tolist()
+        self.counter_totals = dict(zip(self.counters, totals, strict=True))
         self._log_metrics(metrics.batch_metrics(self, prompts, rows_of, trained, num_drawn))
         arranged = arrange_rows(
             rows,
@@ -445,7 +449,7 @@ class AttnRLTrainer(BaseTrainer):
             "in_flight": self._in_flight,
             "easy_influence": self.easy_influence.state_dict(),
             "controller": self.controller.state_dict(),
-            "counters": self.counters,
+            "counters": self.counter_totals,
         }
 
     def _save_checkpoint(self, model, trial):
@@ -464,5 +468,7 @@ class AttnRLTrainer(BaseTrainer):
         self._in_flight = tuple(state["in_flight"]) if state["in_flight"] else None
         self.easy_influence.load_state_dict(state["easy_influence"])
         self.controller.load_state_dict(state["controller"])
-        self.counters.update(state["counters"])
+        self.counter_totals = state["counters"]
+        if self.accelerator.is_main_process:
+            self.counters.update(state["counters"])
         self._pending = None

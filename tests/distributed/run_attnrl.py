@@ -88,7 +88,6 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
             for prompts in trainer.batches
         ]
         state = trainer.pipeline_state()
-        state.pop("counters")
         names = (
             "loss",
             "grad_norm",
