@@ -107,7 +107,9 @@ def _draw_segment(axis, segment, y: float) -> None:
     width = segment.end - segment.start
     colour = VALUES(min(1.0, max(0.0, segment.value)))
     axis.barh(y, width - 0.15, left=segment.start, height=0.7, color=colour, edgecolor=INK, linewidth=0.4)
-    axis.text(segment.start + width / 2, y, f"{segment.advantage:+.2f}", ha="center", va="center", fontsize=6.5)
+    ink = "white" if abs(segment.value - 0.5) > 0.35 else INK  # both ends of the map are dark
+    label = f"{segment.advantage:+.2f}"
+    axis.text(segment.start + width / 2, y, label, ha="center", va="center", fontsize=6.5, color=ink)
     if segment.leaf:
         rise = y + segment.leaf
         axis.plot([segment.start] * 2, [y + 0.35, rise - 0.35], color=INK, linewidth=0.6, alpha=0.5)

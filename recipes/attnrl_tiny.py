@@ -114,7 +114,8 @@ def report(trainer: AttnRLTrainer, before, after, seconds: dict[str, float]) -> 
     branched = [p for p in trainer.last_prompts if any(r.branches for r in p.rollouts)]
     if branched:
         prompt = max(branched, key=lambda p: len({c.reward for r in p.rollouts for c in r.branches}))
-        plot_trees(prompt, trainer.processing_class.decode(prompt.prompt_ids), folder / "trees.png")
+        problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
+        plot_trees(prompt, problem, folder / "trees.png")
     trainer.accelerator.print(f"Model, card, tables and pictures: {folder}")
 
 

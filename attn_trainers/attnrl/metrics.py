@@ -27,6 +27,12 @@ def _solve_ratios(accuracies: Sequence[float], suffix: str) -> dict[str, float]:
     }
 
 
+def _trained_leaves(prompt: PromptRollouts, threshold: float) -> list[bool]:
+    """Which leaves of the expanded rollouts are correct, initial ones included."""
+    expanded = [r for r in prompt.rollouts if r.branches]
+    return [sample.reward >= threshold for r in expanded for sample in (r, *r.branches)]
+
+
 def exploration_metrics(prompts: Sequence[PromptRollouts], threshold: float) -> dict[str, float]:
     """How initial rollouts, branch points and continuations came out (Fig. 6, 7a, 7c)."""
     initial = [_mean(p.correct(threshold)) for p in prompts]
@@ -39,6 +45,7 @@ def exploration_metrics(prompts: Sequence[PromptRollouts], threshold: float) -> 
     influence = np.concatenate(influence) if influence else np.zeros(0)
     values = _solve_ratios(initial, "")
     values |= _solve_ratios([_mean(leaf) for _, leaf in branched], "_mc")
+    values |= _solve_ratios([_mean(leaf) for p in prompts if (leaf := _trained_leaves(p, threshold))], "_all")
     values |= {
         "correct_once_twice_invalid_ratio": _mean([all(leaf) for leaf in solved]),
         "correct_filtered_ratio": _mean([p.filtered for p, a in zip(prompts, initial, strict=True) if a == 1.0]),
