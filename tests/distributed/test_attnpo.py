@@ -1,0 +1,76 @@
+"""One rank's losses, metrics and weights equal two ranks', under DDP, ZeRO-3 and FSDP2; ZeRO-3 with vLLM colocate."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attn_trainers.arithmetic import build_model, build_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, hidden_size=64, num_layers=2)
+    with torch.no_grad():
+        for layer in model.model.layers:  # attention that differs between steps
+            layer.self_attn.q_proj.weight.mul_(8.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def launch(config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str = "given"):
+    """History and final weights of a run."""
+    output = folder / f"{config}-{generation}.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(Path(__file__).with_name("run_attnpo.py"))]
+    done = subprocess.run(
+        [*command, str(model_dir), str(output), str(num_ranks), generation],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text()), load_file(output.with_suffix("") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_rank(model_dir, tmp_path_factory):
+    return launch("cpu", 1, model_dir, tmp_path_factory.mktemp("one-rank"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
+def test_two_ranks_equal_one(config, one_rank, model_dir, tmp_path):
+    history, weights = one_rank
+    two_history, two_weights = launch(config, 2, model_dir, tmp_path)
+    assert len(history) == 2
+    for one, two in zip(history, two_history, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
+        assert one["attnpo/steps_attenuated"] > 0 and one["attnpo/accuracy"] > 0
+    for name, weight in weights.items():
+        torch.testing.assert_close(two_weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_zero3_with_vllm_colocate(model_dir, tmp_path):
+    history, weights = launch("cpu_zero3", 2, model_dir, tmp_path, "vllm")
+    start = load_file(model_dir / "model.safetensors")
+    assert all(math.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in history)
+    assert any(not torch.equal(weights[name], start[name]) for name in start)
+    # The second batch is sampled with the weights of the first update.
+    assert all(entry["sampling/sampling_logp_difference/mean"] < 5e-3 for entry in history)
