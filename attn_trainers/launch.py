@@ -6,18 +6,23 @@ YAML file given by `--config`.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .hub import CardNotes, publish
 from .interruption import last_whole_checkpoint
 from .modeling import build_byte_model, load_tokenizer
+from .preflight import load_model_config, preflight
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +63,18 @@ class MathScriptArguments:
 
 def parse(script_class: type, config_class: type, model_class: type = ModelConfig) -> tuple:
     """Script, training and model arguments from the command line and `--config FILE`; unknown ones are refused."""
-    return TrlParser((script_class, config_class, model_class)).parse_args_and_config()
+    with refusal_in_a_line():
+        return TrlParser((script_class, config_class, model_class)).parse_args_and_config()
+
+
+@contextmanager
+def refusal_in_a_line() -> Iterator[None]:
+    """End the process with one line, printed by the first rank, where settings are refused with a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        logger.debug("Refused", exc_info=True)
+        raise SystemExit(1 if os.environ.get("RANK", "0") != "0" else f"Refused: {error}") from None
 
 
 def load_problems(
@@ -69,12 +85,19 @@ def load_problems(
     Raises:
         ValueError: for a missing file, a missing column or an empty data set.
     """
-    if source.endswith((".jsonl", ".json")):
-        if not Path(source).exists():
-            raise ValueError(f"dataset={source!r} does not exist; give the path of a JSONL file or a Hub id.")
-        dataset = load_dataset("json", data_files=source, split="train")
-    else:
-        dataset = load_dataset(source, split=split)
+    local = source.endswith((".jsonl", ".json"))
+    if local and not Path(source).exists():
+        raise ValueError(f"dataset={source!r} does not exist; give the path of a JSONL file or a Hub id.")
+    if local and Path(source).stat().st_size == 0:
+        raise ValueError(f"dataset={source!r} holds no problems; check the file.")
+    try:
+        dataset = (
+            load_dataset("json", data_files=source, split="train") if local else load_dataset(source, split=split)
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        fix = "check that each line is a JSON object" if local else "check the id and dataset_split, or go online"
+        raise ValueError(f"dataset={source!r} (dataset_split={split!r}) cannot be read: {reason}; {fix}.") from error
     for name, column in {"problem_column": problem_column, "answer_column": answer_column}.items():
         if column not in dataset.column_names:
             raise ValueError(
@@ -139,6 +162,45 @@ def set_model_init_kwargs(training_args: GRPOConfig, model_args: ModelConfig) ->
     training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
 
 
+def check_run(
+    script_args: MathScriptArguments, training_args: GRPOConfig, model_args: ModelConfig
+) -> tuple[PreTrainedTokenizerBase, Dataset, dict[str, Dataset] | None]:
+    """Tokenizer, training problems and evaluation problems by name, after all checks; prints the preflight's report.
+
+    The first rank checks, the others learn the outcome.
+
+    Raises:
+        ValueError: for what cannot work, on every rank.
+    """
+    state = PartialState()
+    if script_args.tiny_model:
+        folder = Path(training_args.output_dir) / "_tiny-model"  # a name that is not pushed
+        with state.main_process_first():
+            model_args.model_name_or_path = str(build_byte_model(folder))
+    config = load_model_config(model_args.model_name_or_path, model_args.model_revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    template, max_prompt_length = script_args.prompt_template, script_args.max_prompt_length
+    problems = load_problems(
+        script_args.dataset, script_args.dataset_split, script_args.problem_column, script_args.answer_column
+    )
+    dataset, num_long = with_prompts(problems, tokenizer, template, max_prompt_length)
+    eval_dataset = {
+        Path(source).stem: with_prompts(load_problems(source), tokenizer, template, max_prompt_length)[0]
+        for source in script_args.eval_data
+    }
+    set_model_init_kwargs(training_args, model_args)
+    refused = [None]
+    if state.is_main_process:
+        try:
+            print(preflight(training_args, model_args, config, tokenizer, dataset, num_long, max_prompt_length))
+        except ValueError as error:
+            refused = [str(error)]
+    broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise ValueError(refused[0])
+    return tokenizer, dataset, eval_dataset or None
+
+
 def train(
     trainer_class: type[GRPOTrainer],
     reward_funcs: Callable | Sequence[Callable],
@@ -152,28 +214,16 @@ def train(
         The trainer, or `None` if only the preflight was asked for.
 
     Raises:
-        ValueError: for settings that cannot work, before anything is loaded on a GPU.
+        SystemExit: for settings that cannot work, before anything is loaded on a GPU, with what to change; and after
+            SIGTERM, when the checkpoint is written.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if script_args.tiny_model:
-        model_args.model_name_or_path = str(build_byte_model(Path(training_args.output_dir) / "tiny-model"))
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    problems = load_problems(
-        script_args.dataset, script_args.dataset_split, script_args.problem_column, script_args.answer_column
-    )
-    dataset, num_long = with_prompts(problems, tokenizer, script_args.prompt_template, script_args.max_prompt_length)
-    logger.info("%d problems, %d left out for prompts over max_prompt_length.", len(dataset), num_long)
-    eval_dataset = None
-    if script_args.eval_data:
-        eval_dataset = {
-            Path(source).stem: with_prompts(
-                load_problems(source), tokenizer, script_args.prompt_template, script_args.max_prompt_length
-            )[0]
-            for source in script_args.eval_data
-        }
-    set_model_init_kwargs(training_args, model_args)
+    with refusal_in_a_line():
+        tokenizer, dataset, eval_dataset = check_run(script_args, training_args, model_args)
+    if script_args.preflight:
+        return None
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
