@@ -30,6 +30,7 @@ class TinyArguments:
     num_operations: int = field(default=5, metadata={"help": "Operations per problem."})
     noise: float = field(default=0.15, metadata={"help": "Probability that the teacher writes a wrong result."})
     warm_start_steps: int = field(default=1500, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_batch_size: int = field(default=64, metadata={"help": "Solutions per step of the warm start."})
     num_train_problems: int = field(default=4000, metadata={"help": "Problems to train on."})
     num_eval_problems: int = field(default=200, metadata={"help": "Held-out problems."})
     num_eval_samples: int = field(default=4, metadata={"help": "Samples per held-out problem."})
@@ -43,6 +44,7 @@ class HeldOutResult:
         accuracy: pass@1, mean over problems of the mean over samples.
         standard_error: of the accuracy, over problems.
         mean_length: completion tokens.
+        mean_thinking: tokens before `</think>`; all of a completion that does not close its thinking.
         num_problems, num_samples: n.
         per_problem: accuracy of each problem.
     """
@@ -50,6 +52,7 @@ class HeldOutResult:
     accuracy: float
     standard_error: float
     mean_length: float
+    mean_thinking: float
     num_problems: int
     num_samples: int
     per_problem: list[float]
@@ -77,7 +80,11 @@ def prepare(
     texts = {problem.text for problem in held_out}
     training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, exclude=texts)
     settings = WarmStart(
-        noise=args.noise, recheck=recheck, num_operations=args.num_operations, steps=args.warm_start_steps
+        noise=args.noise,
+        recheck=recheck,
+        num_operations=args.num_operations,
+        steps=args.warm_start_steps,
+        batch_size=args.warm_start_batch_size,
     )
     with PartialState().main_process_first():
         folder = warm_start(settings, args.cache_dir, exclude=texts)
@@ -106,13 +113,22 @@ def evaluate_held_out(trainer, problems: Sequence[Problem], num_samples: int, se
     texts = tokenizer.batch_decode([s.token_ids for s in sampled], skip_special_tokens=True)
     answers = [problem.answer for _, problem in own for _ in range(num_samples)]
     rewards = torch.tensor(exact_answer_reward(texts, answers)).view(-1, num_samples)
-    lengths = [len(s.token_ids) for s in sampled]
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    lengths = [  # (samples, 2): completion, thinking
+        (len(s.token_ids), s.token_ids.index(end) if end in s.token_ids else len(s.token_ids)) for s in sampled
+    ]
     local = [(index, row.mean().item()) for (index, _), row in zip(own, rewards, strict=True)]
     per_problem = torch.tensor([accuracy for _, accuracy in sorted(gather_object(local))])
-    lengths = torch.tensor(gather_object(lengths), dtype=torch.float32)
+    mean_length, mean_thinking = torch.tensor(gather_object(lengths), dtype=torch.float32).mean(dim=0).tolist()
     error = (per_problem.std() / len(per_problem) ** 0.5).item()
     return HeldOutResult(
-        per_problem.mean().item(), error, lengths.mean().item(), len(problems), num_samples, per_problem.tolist()
+        accuracy=per_problem.mean().item(),
+        standard_error=error,
+        mean_length=mean_length,
+        mean_thinking=mean_thinking,
+        num_problems=len(problems),
+        num_samples=num_samples,
+        per_problem=per_problem.tolist(),
     )
 
 
