@@ -79,6 +79,9 @@ class AttnPOTrainer(AttentionCreditTrainer):
         self._pending: list[ScoredResponse] = []
         self._next_report = 0
 
+    def card_settings(self) -> dict[str, object]:
+        return super().card_settings() | {"heads": [list(pair) for pair in self.heads]}
+
     def _find_heads(self) -> list[Head]:
         config = decoder_of(self.model).config
         name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
