@@ -1,0 +1,208 @@
+"""AttnPO on a CPU in minutes: a small Qwen2 that re-checks its arithmetic without need learns to leave it.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnpo_tiny.py
+
+A noisy teacher warm-starts the model on chains whose steps are followed by a random number of re-checks ("Wait, let
+me check: ..."); the model is cached in `--cache_dir`. Its key-focus heads are found on its own correct responses, in which
+the re-checks are the redundant steps. Then AttnPO and, for the same number of steps, TLMRE (the same rewards and
+advantages, no step scales) train it, and both are evaluated on held-out problems. `--compare false` leaves TLMRE out.
+
+The output folder holds the model, its card, `results.md`, `results.json`, `curves.png`, `heads/` (heads file, head
+map, ensembles) and `attnpo/` (pages of single responses).
+"""
+
+import json
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from trl import TrlParser
+
+from attn_trainers import AttnPOConfig, AttnPOTrainer
+from attn_trainers.arithmetic import RECHECK, Problem, prompt_messages
+from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads
+from attn_trainers.attnpo.head_pictures import plot_ensembles, plot_head_map
+from attn_trainers.attnpo.labels import ESSENTIAL, REDUNDANT
+from attn_trainers.attnpo.steps import split_paragraphs
+from attn_trainers.evaluation_sampling import SampleRequest, SamplingSettings, sample_with_transformers
+from attn_trainers.launch import HAS_CUDA
+from attn_trainers.reports import plot_curves
+from attn_trainers.tiny import (
+    HeldOutResult,
+    Stopwatch,
+    TinyArguments,
+    evaluate_held_out,
+    exact_answer_reward,
+    prepare,
+    show_table,
+    to_dataset,
+    write_results,
+)
+
+
+@dataclass
+class Arguments(TinyArguments):
+    """The task and what is compared."""
+
+    num_operations: int = field(default=3, metadata={"help": "Operations per problem."})
+    noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
+    recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
+    warm_start_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_batch_size: int = field(default=32, metadata={"help": "Solutions per step of the warm start."})
+    num_probed: int = field(default=400, metadata={"help": "Problems on which the heads are found."})
+    compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
+
+
+@dataclass
+class Recipe(AttnPOConfig):
+    """Settings of this run; those not named here are the defaults of `AttnPOConfig`."""
+
+    output_dir: str | None = "runs/attnpo_tiny"
+    step_mode: str = "paragraphs"
+    schedule_fraction: float = 0.5
+    learning_rate: float = 3e-4
+    per_device_train_batch_size: int = 64
+    gradient_accumulation_steps: int = 4
+    max_steps: int = 60
+    max_completion_length: int | None = 160
+    use_vllm: bool = False
+    vllm_max_model_length: int | None = 256
+    gradient_checkpointing: bool = False
+    bf16: bool | None = HAS_CUDA
+    use_cpu: bool = not HAS_CUDA
+    logging_steps: float = 2
+    page_steps: int = 20
+    save_strategy: str = "no"
+    report_to: None | str | list[str] = "none"
+
+
+PANELS = {
+    "attnpo/accuracy": "accuracy",
+    "attnpo/thinking_tokens": "thinking tokens",
+    "attnpo/steps_per_response": "steps per response",
+    "attnpo/correct_rescaled": "correct responses rescaled",
+    "attnpo/tokens_attenuated": "tokens attenuated",
+    "attnpo/tokens_protected": "tokens protected",
+    "attnpo/score_to_baseline": "mean S / S_base",
+    "attnpo/groups_all_correct": "prompts always solved",
+    "entropy": "entropy",
+}
+
+
+def probe_data(folder: Path, tokenizer, problems: list[Problem], path: Path) -> None:
+    """The model's own correct responses to `problems`, a re-check being redundant and any other step essential."""
+    texts = [
+        tokenizer.apply_chat_template(prompt_messages(p), add_generation_prompt=True, tokenize=False) for p in problems
+    ]
+    requests = [SampleRequest(i, 0, tokenizer(text)["input_ids"], seed=i) for i, text in enumerate(texts)]
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=160, batch_size=200)
+    lines = []
+    for request, ids in sample_with_transformers(str(folder), settings, tokenizer, requests):
+        problem, text = problems[request.problem], tokenizer.decode(ids, skip_special_tokens=True)
+        if exact_answer_reward([text], [problem.answer]) == [1.0]:
+            steps = [text[step.start : step.end] for step in split_paragraphs(text)]
+            labels = [REDUNDANT if step.startswith(RECHECK) else ESSENTIAL for step in steps]
+            record = {"problem": problem.text, "completion": text, "completion_ids": ids, "labels": labels}
+            lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+
+
+def find_heads(model: Path, tokenizer, problems: list[Problem], folder: Path) -> tuple[Path, str]:
+    """Heads file of the model, and a line that says how good the heads are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "responses.jsonl"
+    if not data.exists():
+        probe_data(model, tokenizer, problems, data)
+    heads, report, held_out = discover_heads(
+        DiscoveryArguments(
+            str(model), str(data), str(folder), step_mode="paragraphs", prompt_template="{problem}", num_heads=3
+        )
+    )
+    plot_head_map(report, list(heads.heads), folder / "head_map.png")
+    plot_ensembles(report, folder / "ensembles.png")
+    line = (
+        f"Heads {[list(pair) for pair in heads.heads]}: step ranking accuracy on {held_out.num_responses} held-out "
+        f"responses {held_out.chosen:.3f}, median head {held_out.median:.3f}"
+    )
+    return folder / "heads.json", line
+
+
+def run(name: str, args: Recipe, model: Path, tokenizer, training, held_out, samples: int, watch: Stopwatch):
+    """Train and evaluate before and after: the trainer and the two results."""
+    set_seed(args.seed)
+    trainer = AttnPOTrainer(
+        str(model), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
+    )
+    torch.manual_seed(args.seed)
+    before = evaluate_held_out(trainer, held_out, samples)
+    watch.lap(f"{name}: start-up and evaluation")
+    trainer.train()
+    watch.lap(f"{name}: training")
+    torch.manual_seed(args.seed)
+    after = evaluate_held_out(trainer, held_out, samples)
+    watch.lap(f"{name}: evaluation")
+    trainer.accelerator.print(
+        f"{name}: accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}, thinking tokens "
+        f"{before.mean_thinking:.1f} -> {after.mean_thinking:.1f}"
+    )
+    return trainer, before, after
+
+
+def main(tiny: Arguments, args: Recipe) -> None:
+    if tiny.compare and args.use_vllm:
+        raise ValueError("compare=True trains twice in one process, which one vLLM engine cannot serve; set it False.")
+    watch = Stopwatch()
+    model, tokenizer, training, held_out = prepare(tiny, tiny.recheck)
+    watch.lap("warm start")
+    folder = Path(args.output_dir)
+    heads_line = "Heads as given."
+    if args.heads is None:
+        file, heads_line = find_heads(model, tokenizer, training[: tiny.num_probed], folder / "heads")
+        args.heads = str(file)
+        watch.lap("heads")
+    shared = (model, tokenizer, training, held_out, tiny.num_eval_samples, watch)
+    off = copy(args)
+    off.attenuate_positive = off.protect_negative = False
+    off.output_dir = str(folder / "tlmre")
+    trainer, before, after = run("AttnPO", args, *shared)
+    results = {"before": before, "AttnPO": after}
+    histories = {"AttnPO": trainer.state.log_history}
+    if tiny.compare:
+        baseline, _, results["TLMRE"] = run("TLMRE", off, *shared)
+        histories["TLMRE"] = baseline.state.log_history
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(model_name=folder.name)
+    if trainer.accelerator.is_main_process:
+        report(folder, args, heads_line, results, histories, watch.seconds)
+
+
+def report(
+    folder: Path,
+    args: Recipe,
+    heads_line: str,
+    results: dict[str, HeldOutResult],
+    histories: dict[str, list[dict]],
+    seconds: dict[str, float],
+) -> None:
+    """The table, the files and the pictures of the run."""
+    start = results["before"]
+    header = ["", *results]
+    rows = [
+        ["held-out accuracy", *(f"{r.accuracy:.3f} ± {r.standard_error:.3f}" for r in results.values())],
+        ["thinking tokens", *(f"{r.mean_thinking:.1f}" for r in results.values())],
+        ["shorter by", *(f"{1 - r.mean_thinking / start.mean_thinking:.1%}" for r in results.values())],
+    ]
+    title = f"AttnPO, {args.max_steps} steps, {start.num_problems} held-out problems x {start.num_samples} samples"
+    show_table(title, header, rows)
+    print(heads_line)
+    details = {"heads": heads_line, "seconds": seconds, "log_history": histories}
+    details |= {"results": {name: asdict(result) for name, result in results.items()}}
+    write_results(folder, title, header, rows, details)
+    plot_curves(histories["AttnPO"], PANELS, folder / "curves.png", "AttnPO on arithmetic with re-checks")
+    print(f"{sum(seconds.values()):.0f} s in all. Model, card, tables and pictures: {folder}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((Arguments, Recipe)).parse_args_and_config())
