@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnpo_tiny.py
 
 A noisy teacher warm-starts the model on chains whose steps are followed by a random number of re-checks ("Wait, let
-me check: ..."); the model is cached in `--cache_dir`. Its key-focus heads are found on its own correct responses, in which
-the re-checks are the redundant steps. Then AttnPO and, for the same number of steps, TLMRE (the same rewards and
+me check: ..."); the model is cached in `--cache_dir`. Its key-focus heads are found on its own correct responses, in
+which the re-checks are the redundant steps. Then AttnPO and, for the same number of steps, TLMRE (the same rewards and
 advantages, no step scales) train it, and both are evaluated on held-out problems. `--compare false` leaves TLMRE out.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png`, `heads/` (heads file, head
@@ -17,25 +17,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 from trl import TrlParser
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
-from attn_trainers.arithmetic import RECHECK, Problem, prompt_messages
+from attn_trainers.arithmetic import RECHECK, Problem, WarmStart, prompt_messages, sample_problems, warm_start
 from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads
 from attn_trainers.attnpo.head_pictures import plot_ensembles, plot_head_map
 from attn_trainers.attnpo.labels import ESSENTIAL, REDUNDANT
 from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.evaluation_sampling import SampleRequest, SamplingSettings, sample_with_transformers
 from attn_trainers.launch import HAS_CUDA
+from attn_trainers.modeling import load_tokenizer
 from attn_trainers.reports import plot_curves
 from attn_trainers.tiny import (
+    HELD_OUT_SEED,
+    TRAIN_SEED,
     HeldOutResult,
     Stopwatch,
     TinyArguments,
     evaluate_held_out,
     exact_answer_reward,
-    prepare,
     show_table,
     to_dataset,
     write_results,
@@ -49,8 +52,8 @@ class Arguments(TinyArguments):
     num_operations: int = field(default=3, metadata={"help": "Operations per problem."})
     noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
     recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
-    warm_start_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the warm start."})
-    warm_start_batch_size: int = field(default=32, metadata={"help": "Solutions per step of the warm start."})
+    warm_start_steps: int = field(default=800, metadata={"help": "Steps of the warm start without re-checks."})
+    recheck_steps: int = field(default=250, metadata={"help": "Further steps on solutions with re-checks."})
     num_probed: int = field(default=400, metadata={"help": "Problems on which the heads are found."})
     compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
 
@@ -89,6 +92,26 @@ PANELS = {
     "attnpo/groups_all_correct": "prompts always solved",
     "entropy": "entropy",
 }
+
+
+def warm_start_with_rechecks(args: Arguments):
+    """As `prepare`, in two stages: the facts on longer chains without re-checks, which are quicker to learn from."""
+    held_out = sample_problems(args.num_eval_problems, HELD_OUT_SEED, args.num_operations)
+    texts = {problem.text for problem in held_out}
+    training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, exclude=texts)
+    facts = WarmStart(noise=args.noise, steps=args.warm_start_steps, batch_size=args.warm_start_batch_size)
+    rechecks = WarmStart(
+        noise=args.noise,
+        recheck=args.recheck,
+        num_operations=args.num_operations,
+        steps=args.recheck_steps,
+        batch_size=args.warm_start_batch_size // 2,
+        learning_rate=1e-3,
+    )
+    with PartialState().main_process_first():
+        first = warm_start(facts, args.cache_dir, exclude=texts)
+        folder = warm_start(rechecks, args.cache_dir, exclude=texts, initial=first)
+    return folder, load_tokenizer(folder), training, held_out
 
 
 def probe_data(folder: Path, tokenizer, problems: list[Problem], path: Path) -> None:
@@ -154,12 +177,13 @@ def main(tiny: Arguments, args: Recipe) -> None:
     if tiny.compare and args.use_vllm:
         raise ValueError("compare=True trains twice in one process, which one vLLM engine cannot serve; set it False.")
     watch = Stopwatch()
-    model, tokenizer, training, held_out = prepare(tiny, tiny.recheck)
+    model, tokenizer, training, held_out = warm_start_with_rechecks(tiny)
     watch.lap("warm start")
     folder = Path(args.output_dir)
     heads_line = "Heads as given."
     if args.heads is None:
-        file, heads_line = find_heads(model, tokenizer, training[: tiny.num_probed], folder / "heads")
+        with PartialState().main_process_first():
+            file, heads_line = find_heads(model, tokenizer, training[: tiny.num_probed], folder / "heads")
         args.heads = str(file)
         watch.lap("heads")
     shared = (model, tokenizer, training, held_out, tiny.num_eval_samples, watch)
