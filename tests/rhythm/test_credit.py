@@ -327,3 +327,24 @@ def test_bad_calls_are_named():
         credit_factors(waad, fai[1:], "local")
     with pytest.raises(ValueError, match=r"factors has shape \(0,\)"):
         credit_metrics(waad[:0], fai[:0], waad[:0])
+
+
+@pytest.mark.parametrize("scheme", ["local", "global", "random", "entropy", "global_bottom"])
+def test_only_eligible_tokens_are_selected(scheme):
+    generator = torch.Generator().manual_seed(0)
+    waad, fai, entropies = torch.rand(3, 50, generator=generator)
+    eligible = torch.arange(50) % 3 != 0
+    factors = credit_factors(waad, fai, scheme, entropies=entropies, generator=generator, eligible=eligible)
+    assert (factors[~eligible] == 1).all()
+    assert (factors > 1).sum() == 20  # 40 % of all tokens, taken from 33
+
+
+def test_ineligible_tokens_may_introduce_an_anchor():
+    waad = torch.tensor([1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    fai = torch.tensor([0.1, 0.9, 0.8, 0.7, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    eligible = torch.ones(10, dtype=torch.bool)
+    eligible[1] = False
+    sets = credit_sets(waad, fai, CreditOptions(top_fraction=0.2), eligible=eligible)
+    assert sets.anchors.nonzero().flatten().tolist() == [2, 3]
+    assert sets.dominated.nonzero().flatten().tolist() == [2, 3]
+    assert sets.intro.nonzero().flatten().tolist() == [1]

@@ -304,6 +304,16 @@ def test_total_mode_is_grpo_on_the_sum():
     assert combined.tolist() == pytest.approx([(x - mean) / (std + 1e-4) for x in total], abs=1e-12)
 
 
+def test_total_mode_leaves_unscored_rows_out():
+    task = torch.tensor([1.0, 0.0, math.nan, 1.0])
+    rhythm = torch.tensor([0.5, -0.5, 0.9, 0.1])
+    advantages = combine_advantages(torch.zeros(4), rhythm, 4, 0.1, "total", task_rewards=task)
+    scored = torch.tensor([1.05, -0.05, 1.01])
+    expected = (scored - scored.mean()) / (scored.std() + 1e-4)
+    assert advantages[2] == 0.0
+    torch.testing.assert_close(advantages[[0, 1, 3]], expected)
+
+
 def test_token_mode_centres_over_the_tokens_of_the_group():
     task = torch.tensor([1.0, -1.0], dtype=torch.float64)
     per_token = torch.tensor([[0.5, 0.5, -0.2], [-0.4, 9.0, 9.0]], dtype=torch.float64)
