@@ -1,6 +1,9 @@
 """Fixtures every test may use."""
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Engines of test processes that run side by side must not be pinned to the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,3 +56,26 @@ def arithmetic_dataset():
     from attn_trainers.tiny import to_dataset
 
     return to_dataset(sample_problems(24, seed=0))
+
+
+def launch_script(config: str, script: Path, *arguments: object, timeout: float = 600) -> None:
+    """Run a script by `accelerate launch` under one of the project's configurations, and fail with its error output.
+
+    Variables that an engine or an earlier run in this process set for its own ranks are left out, and the rendezvous
+    gets a free port, so that launches side by side do not meet.
+    """
+    leave_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in leave_out}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port), "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """`launch_script`, for tests of several ranks and of whole recipes."""
+    return launch_script

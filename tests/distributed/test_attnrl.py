@@ -2,8 +2,6 @@
 colocate."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,33 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str = "vllm") -> dict:
-    output = folder / f"{config}-{generation}.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(Path(__file__).with_name("run_attnrl.py"))]
-    done = subprocess.run(
-        [*command, str(model_dir), str(output), str(num_ranks), generation],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def run(launch, config: str, num_ranks: int, model_dir: Path, folder: Path) -> dict:
+    """What a run of three generation batches did, with its final weights."""
+    output = folder / f"{config}.json"
+    launch(config, Path(__file__).with_name("run_attnrl.py"), model_dir, output, num_ranks, "vllm")
     return json.loads(output.read_text()) | {"weights": load_file(output.with_suffix("") / "model.safetensors")}
 
 
 @pytest.fixture(scope="module")
-def one_rank(tiny_model_dir, tmp_path_factory):
-    return launch("cpu", 1, tiny_model_dir, tmp_path_factory.mktemp("one-rank"))
+def one_rank(launch, tiny_model_dir, tmp_path_factory):
+    return run(launch, "cpu", 1, tiny_model_dir, tmp_path_factory.mktemp("one-rank"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3"])
-def test_two_ranks_equal_one(config, one_rank, tiny_model_dir, tmp_path):
-    two_ranks = launch(config, 2, tiny_model_dir, tmp_path)
+def test_two_ranks_equal_one(launch, config, one_rank, tiny_model_dir, tmp_path):
+    two_ranks = run(launch, config, 2, tiny_model_dir, tmp_path)
     assert two_ranks["batches"] == one_rank["batches"]
     assert len(one_rank["batches"]) == 3
     assert two_ranks["state"].pop("easy_influence") == pytest.approx(one_rank["state"]["easy_influence"], rel=1e-4)
