@@ -31,7 +31,7 @@ td, th { padding: .3rem .7rem; border-bottom: 1px solid #d0d7de; text-align: rig
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
 .facts, .note { color: #57606a; } .scroll { overflow-x: auto; } svg { display: block; }
 .tokens { font: 14px/2 ui-monospace, monospace; background: #f6f8fa; padding: .6rem; }
-.tokens { max-height: 20rem; overflow: auto; }
+.tokens { max-height: 20rem; overflow: auto; overflow-wrap: anywhere; }
 .tokens span { padding: .1rem 0; white-space: pre-wrap; } .anchor { background: #f6c9a8; }
 .preplan { border-bottom: 3px solid #2f6db3; } pre { white-space: pre-wrap; background: #f6f8fa; padding: .6rem; }
 text { font: 11px system-ui, sans-serif; fill: #57606a; } .label { font-weight: 600; fill: #1b1f24; }

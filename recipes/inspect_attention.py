@@ -198,6 +198,8 @@ def main(args: Arguments) -> None:
         f"Heads ranked per response over {settings.head_pool} layers; {len(receivers)} receiver heads. Curves: WAAD "
         f"window {settings.window}, FAI at distances {settings.horizon[0]} to {settings.horizon[1]}; couplings: FAI "
         "up to the end of the response.",
+        f"Key-focus heads (layer, head): {', '.join(map(str, settings.key_focus_heads)) or 'none'}; influence counts "
+        f"steps at least {settings.influence_delta} later.",
     ]
     shown = inspected[: args.num_shown]
     (folder / "index.html").write_text(page(f"Attention of {name}", facts, statistics, shown), encoding="utf-8")
