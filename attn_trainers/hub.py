@@ -246,7 +246,9 @@ class CardMixin:
         if is_peft_model(self.model):
             adapter = self.model.peft_config[self.model.active_adapter]
             settings["LoRA rank"], settings["LoRA alpha"] = adapter.r, adapter.lora_alpha
-            settings["LoRA modules"] = ", ".join(sorted(adapter.target_modules))
+            modules = adapter.target_modules
+            names = [modules] if isinstance(modules, str) else {name.rpartition(".")[2] for name in modules}
+            settings["LoRA modules"] = ", ".join(sorted(names))
         return settings
 
     def _versions(self) -> dict[str, str]:

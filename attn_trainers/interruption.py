@@ -157,6 +157,12 @@ class SafeExitMixin:
         self._safe_exit = SafeExitCallback(self)
         self.add_callback(self._safe_exit)
 
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # resumed from its last checkpoint: the parent would go one on
+            return
+        super()._run_epoch(**kwargs)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:

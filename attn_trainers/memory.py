@@ -107,7 +107,11 @@ class Sharding:
         return size / self.num_ranks if self.stage >= stage else size
 
     def __str__(self) -> str:
-        names = {"deepspeed": f"ZeRO-{self.stage}", "fsdp": "FSDP", "none": "DDP" if self.num_ranks > 1 else "unsharded"}
+        names = {
+            "deepspeed": f"ZeRO-{self.stage}",
+            "fsdp": "FSDP",
+            "none": "DDP" if self.num_ranks > 1 else "unsharded",
+        }
         return names[self.engine]
 
 
