@@ -51,7 +51,11 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
         rollouts_per_branch=1,
         max_steps=6,
         optim="sgd",  # its step is linear in the gradient, so that equal gradients give equal weights
-        learning_rate=0.5,
+        learning_rate=0.1,
+        max_grad_norm=100.0,  # the backends clip with different small constants
+        epsilon=10.0,  # no ratio is clipped: a token on the edge would turn rounding into a jump
+        epsilon_high=10.0,
+        delta=20.0,
         max_completion_length=16,
         min_branch_spacing=0,
         influence_delta=1,
