@@ -110,12 +110,6 @@ def check_batch(args: GRPOConfig, num_problems: int, report: Report) -> None:
             f"{num_problems}; lower generation_batch_size to at most {num_problems * args.num_generations}, or add "
             "problems."
         )
-    num_eval = args.num_generations_eval or args.num_generations
-    if args.eval_strategy != "no" and (args.per_device_eval_batch_size * ranks) % num_eval != 0:
-        raise ValueError(
-            f"num_generations_eval={num_eval} does not divide per_device_eval_batch_size x ranks = "
-            f"{args.per_device_eval_batch_size * ranks}; set per_device_eval_batch_size to a multiple of it."
-        )
     if isinstance(args, AttnRLConfig) and prompts < ranks:
         report.warnings.append(
             f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; raise "
@@ -159,8 +153,14 @@ def training_setup(
     peft_config = get_peft_config(model_args)
     adapter_parameters = 0
     if peft_config is not None:
-        with torch.device("meta"):
-            model = get_peft_model(AutoModelForCausalLM.from_config(config), peft_config, low_cpu_mem_usage=True)
+        try:
+            with torch.device("meta"):
+                model = get_peft_model(AutoModelForCausalLM.from_config(config), peft_config, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_target_modules={peft_config.target_modules!r} does not fit the model ({_first_line(error)}); "
+                "name linear layers of the model, or 'all-linear'."
+            ) from error
         adapter_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = (args.model_init_kwargs or {}).get("dtype") or model_args.dtype
     if dtype == "auto":
