@@ -53,7 +53,7 @@ class Arguments(TinyArguments):
     noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
     recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
     warm_start_steps: int = field(default=800, metadata={"help": "Steps of the warm start without re-checks."})
-    recheck_steps: int = field(default=250, metadata={"help": "Further steps on solutions with re-checks."})
+    recheck_steps: int = field(default=120, metadata={"help": "Further steps on solutions with re-checks."})
     num_probed: int = field(default=400, metadata={"help": "Problems on which the heads are found."})
     compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
 

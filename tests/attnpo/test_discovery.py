@@ -1,6 +1,7 @@
 """Head discovery on small models: numbers against a direct computation, and the run from problems to heads file."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from transformers import Qwen2ForCausalLM
 
 from attn_trainers.attnpo.alignment import reasoning_step_ranges
 from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads, read_jsonl
-from attn_trainers.attnpo.head_pictures import plot_ensembles, plot_head_map
 from attn_trainers.attnpo.heads import load_heads
 from attn_trainers.attnpo.labels import ESSENTIAL, REDUNDANT, read_labels
 from attn_trainers.attnpo.probing import Candidate, answer_logps, label_steps, removal_drops
 from attn_trainers.attnpo.steps import split_paragraphs
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def prompt_ids(tokenizer, problem) -> list[int]:
@@ -133,13 +136,17 @@ def test_given_labels_lead_to_the_ranking_of_eager_attention(
         discover_heads(DiscoveryArguments(**(settings | {"step_mode": "phrases"})))
 
 
-def test_from_problems_alone(doubtful, problems, tmp_path):
+def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
     settings = {"model": str(doubtful), "data": str(data), "output": str(tmp_path / "out"), "held_out": 0.5}
     settings |= {"step_mode": "paragraphs", "prompt_template": "{problem}", "max_new_tokens": 64, "num_samples": 8}
     settings |= {"backend": "transformers", "min_accuracy": 0.0, "max_responses": 20}
-    heads, report, held_out = discover_heads(DiscoveryArguments(**settings))
+    recipe = runpy.run_path(str(ROOT / "recipes" / "find_key_focus_heads.py"))
+    recipe["main"](DiscoveryArguments(**settings))
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    heads, held_out = load_heads(tmp_path / "out" / "heads.json"), report["held_out"]
     completions = read_jsonl(tmp_path / "out" / "completions.jsonl")
     assert len(completions) == 32
     labelled = list(read_labels(tmp_path / "out" / "labels.jsonl"))
@@ -149,11 +156,11 @@ def test_from_problems_alone(doubtful, problems, tmp_path):
         derived = next(i for i, text in enumerate(response.step_texts) if f"= {response.answer}\n" in text)
         assert set(response.labels[derived + 1 :]) <= {REDUNDANT}
     both = [r for r in labelled if ESSENTIAL in r.labels and REDUNDANT in r.labels]
-    assert report.num_responses + held_out.num_responses == len(both)
-    assert len(heads.heads) == 3 and 0.0 <= held_out.median <= held_out.chosen <= 1.0
-    plot_head_map(report, list(heads.heads), tmp_path / "map.png")
-    plot_ensembles(report, tmp_path / "ensembles.png")
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("map.png", "ensembles.png"))
+    assert report["num_responses"] + held_out["num_responses"] == len(both)
+    assert [list(pair) for pair in heads.heads] == report["ranking"][:3]
+    assert all(f"{list(pair)}  SRA" in printed for pair in heads.heads) and printed.count("(chosen)") == 3
+    assert f"chosen heads {held_out['chosen']:.3f}" in printed
+    assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in ("head_map.png", "ensembles.png"))
 
 
 @pytest.mark.parametrize(
