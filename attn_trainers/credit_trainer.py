@@ -160,22 +160,36 @@ class AttentionCreditTrainer(BaseTrainer):
         """A forward for the signal, where TRL made none over the policy."""
         input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # (B, P+T)
         attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)  # (B, P+T)
-        width = output["completion_ids"].size(1)
+        self._begin_signal(input_ids, attention_mask, output["completion_ids"].size(1))
+        if self._observer or self.needs_entropies:
+            self.entropies = self.forward_for_signal(self._batch, self._observer)
+
+    def forward_for_signal(self, batch: CompletionBatch, observer: AttentionObserver | None) -> Tensor | None:
+        """Show a batch's attention to an observer, in micro-batches; every rank must call it.
+
+        Returns:
+            Entropies (B, T) where the trainer wants them.
+        """
         size = self.args.per_device_train_batch_size
         # A sharded model makes all its forwards alike: DeepSpeed gathers the weights of TRL's fused head by what it
         # saw before, and loses them in the backward where another kind of forward came first.
         as_trl_does = self.needs_entropies or self.is_deepspeed_enabled or self.is_fsdp_enabled
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            self._begin_signal(input_ids, attention_mask, width)
-            if as_trl_does and (self._observer or self.needs_entropies):
-                with observe_attention(self.model, self._observer) if self._observer else nullcontext():
-                    _, self.entropies, _ = super()._get_per_token_logps_and_entropies(
-                        self.model, input_ids, attention_mask, width, size, self.needs_entropies
+            if as_trl_does:
+                with observe_attention(self.model, observer) if observer else nullcontext():
+                    _, entropies, _ = super()._get_per_token_logps_and_entropies(
+                        self.model,
+                        batch.input_ids,
+                        batch.attention_mask,
+                        batch.completion_width,
+                        size,
+                        self.needs_entropies,
                     )
-            elif self._observer:
-                for start in range(0, input_ids.size(0), size):
-                    rows = slice(start, start + size)
-                    forward_for_attention(self.model, input_ids[rows], attention_mask[rows], self._observer)
+                return entropies
+            for start in range(0, batch.input_ids.size(0), size):
+                rows = slice(start, start + size)
+                forward_for_attention(self.model, batch.input_ids[rows], batch.attention_mask[rows], observer)
+        return None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
-from ..attention import RhythmProfile, combine_heads, decoder_of, forward_for_attention, middle_layers
+from ..attention import RhythmProfile, combine_heads, decoder_of, middle_layers
 from ..checkpoints import read_state, write_state
 from ..credit_trainer import AttentionCreditTrainer, CompletionBatch
 from . import metrics
@@ -114,11 +113,7 @@ class RhythmTrainer(AttentionCreditTrainer):
         """One more forward, for heads that were not known before the first."""
         start_time = time.perf_counter()
         observer = self._reward_observer(batch, heads)
-        size = self.args.per_device_train_batch_size
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            for start in range(0, batch.input_ids.size(0), size):
-                rows = slice(start, start + size)
-                forward_for_attention(self.model, batch.input_ids[rows], batch.attention_mask[rows], observer)
+        self.forward_for_signal(batch, observer)
         self.log_metric("seconds/second_forward", time.perf_counter() - start_time)
         return observer
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from attn_trainers import RhythmConfig, RhythmTrainer
+from attn_trainers import RhythmConfig, RhythmTrainer, credit_trainer
 from attn_trainers.attention import rhythm_signals
 from attn_trainers.rhythm import trainer as trainer_module
 from attn_trainers.rhythm.credit import anchor_tokens, credit_factors, top_tokens
@@ -66,8 +66,10 @@ def test_without_scheme_and_reward_it_is_grpo_to_the_bit(build, lora, monkeypatc
     def refuse(*args, **kwargs):
         raise AssertionError("attention was read")
 
-    for name in ("SignalObserver", "RewardObserver", "forward_for_attention"):
+    for name in ("SignalObserver", "RewardObserver"):
         monkeypatch.setattr(trainer_module, name, refuse)
+    for name in ("observe_attention", "forward_for_attention"):
+        monkeypatch.setattr(credit_trainer, name, refuse)
     parent = build(GRPOTrainer, GRPOConfig, lora=lora)
     before = weights(parent)
     parent.train()
@@ -400,7 +402,7 @@ def test_transformers_generation_of_all_schemes(build):
 @pytest.mark.slow
 def test_vllm_colocate_reads_attention_in_the_old_log_probs(build, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    monkeypatch.setattr(trainer_module, "forward_for_attention", None)  # no forward of its own is made
+    monkeypatch.setattr(RhythmTrainer, "forward_for_signal", None)  # no forward of its own is made
     trainer = build(
         scheme="coupled",
         rhythm_lambda=0.1,
