@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 GIB = 2**30
@@ -18,6 +19,21 @@ DEVICE_OVERHEAD = 2 * GIB
 VLLM_OVERHEAD = 2 * GIB
 # Elements of DeepSpeed's two communication buckets (its default size).
 ZERO_BUCKETS = 2 * 500_000_000
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without weights. One rank alone may call it: `from_config` would shard under ZeRO-3, with all ranks.
+
+    Raises:
+        ValueError: if the config is not a causal language model's.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model_name_or_path={config.name_or_path!r} is a {config.model_type} model, which is no causal language "
+            "model of transformers; choose one that is."
+        )
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 @dataclass(frozen=True)
@@ -37,8 +53,7 @@ class ModelShape:
     def from_config(cls, config: PretrainedConfig) -> "ModelShape":
         """Shape of a model by its config, without weights."""
         text = config.get_text_config()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = empty_model(config)
         num_heads = text.num_attention_heads
         return cls(
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),

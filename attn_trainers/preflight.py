@@ -13,7 +13,7 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from .attention.rhythm import middle_layers
@@ -22,7 +22,16 @@ from .attnpo.heads import resolve_heads
 from .attnrl.config import AttnRLConfig
 from .attnrl.steps import StepDelimiters
 from .checkpoints import steps_between_generations
-from .memory import DEVICE_OVERHEAD, GIB, ModelShape, Sharding, TrainingSetup, checkpoint_bytes, estimate_memory
+from .memory import (
+    DEVICE_OVERHEAD,
+    GIB,
+    ModelShape,
+    Sharding,
+    TrainingSetup,
+    checkpoint_bytes,
+    empty_model,
+    estimate_memory,
+)
 from .rewards import unverifiable_answers
 from .rhythm.config import RhythmConfig
 
@@ -155,7 +164,7 @@ def training_setup(
     if peft_config is not None:
         try:
             with torch.device("meta"):
-                model = get_peft_model(AutoModelForCausalLM.from_config(config), peft_config, low_cpu_mem_usage=True)
+                model = get_peft_model(empty_model(config), peft_config, low_cpu_mem_usage=True)
         except ValueError as error:
             raise ValueError(
                 f"lora_target_modules={peft_config.target_modules!r} does not fit the model ({_first_line(error)}); "

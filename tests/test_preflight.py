@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import T5Config
 from trl import ModelConfig
 
 from attn_trainers import AttnPOConfig, AttnRLConfig, RhythmConfig
@@ -208,6 +209,9 @@ def test_models_that_cannot_be_read(tmp_path):
         load_model_config("some/model")
     with pytest.raises(ValueError, match="the folder holds no model"):
         load_model_config(str(tmp_path))
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="t5' is a t5 model, which is no causal language model"):
+        ModelShape.from_config(load_model_config(str(tmp_path / "t5")))
     with pytest.raises(ValueError, match="model_name_or_path=None names no model"):
         load_model_config(None)
 
