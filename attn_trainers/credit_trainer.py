@@ -171,8 +171,8 @@ class AttentionCreditTrainer(BaseTrainer):
             Entropies (B, T) where the trainer wants them.
         """
         size = self.args.per_device_train_batch_size
-        # A sharded model makes all its forwards alike: after one with the plain output head, DeepSpeed (0.19) no longer
-        # had the weights of TRL's fused head in the backward of the loss.
+        # A sharded model makes all its forwards alike: after one with the plain output head, DeepSpeed (0.19) had lost
+        # the weights of TRL's fused head in the backward of the loss.
         as_trl_does = self.needs_entropies or self.is_deepspeed_enabled or self.is_fsdp_enabled
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if as_trl_does:
