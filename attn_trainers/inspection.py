@@ -251,8 +251,12 @@ def inspect_response(
         local_heads=signals.local_heads,
         global_heads=signals.global_heads,
         correct=correct,
-        profiles=dict(zip(ANALYSIS_DISTANCES, analysed, strict=True)),
+        profiles=dict(zip(ANALYSIS_DISTANCES, map(_on_cpu, analysed), strict=True)),
     )
+
+
+def _on_cpu(profile: RhythmProfile) -> RhythmProfile:
+    return RhythmProfile(profile.heads, profile.span_sum.cpu(), profile.waad.cpu(), profile.fai.cpu())
 
 
 def _key_focus(settings: InspectionSettings, alignment, focus: KeyFocusObserver | None) -> StepScores:
