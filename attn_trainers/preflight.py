@@ -190,54 +190,86 @@ def training_setup(
     )
 
 
+@dataclass(frozen=True)
+class Device:
+    """What the estimate is compared with.
+
+    Attributes:
+        name: for the report.
+        memory: bytes of one GPU, or of the machine.
+        is_gpu: whether it is a GPU.
+        ranks: ranks that share it.
+    """
+
+    name: str
+    memory: float
+    is_gpu: bool
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, args: GRPOConfig) -> "Device":
+        """The device of this rank."""
+        if torch.cuda.is_available() and not args.use_cpu:
+            properties = torch.cuda.get_device_properties(args.device)
+            return cls(properties.name, properties.total_memory, is_gpu=True)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        name = "this machine" if ranks == 1 else f"this machine, {ranks} ranks"
+        return cls(name, psutil.virtual_memory().total, is_gpu=False, ranks=ranks)
+
+
 def check_memory(
-    args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig, device_memory: float, report: Report
+    args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig, device: Device, report: Report
 ) -> None:
-    """The estimate against the device; on a CPU against the machine's memory, which all ranks share.
+    """The estimate against the device.
 
     Raises:
-        ValueError: if what no batch size changes exceeds the device, or vLLM's share does not hold the model.
+        ValueError: if what no batch size changes exceeds the device, or vLLM's share holds no sequence.
     """
     shape = ModelShape.from_config(config)
-    on_gpu = torch.cuda.is_available() and not args.use_cpu
-    if not on_gpu and setup.vllm_share is not None:  # vLLM takes a fixed size there
+    overhead = DEVICE_OVERHEAD if device.is_gpu else 0
+    if not device.is_gpu and setup.vllm_share is not None:  # vLLM takes a fixed size there
         cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB
-        share = (cache + 2 * shape.num_parameters) / device_memory
+        share = (cache + 2 * shape.num_parameters) / device.memory
         setup = replace(setup, vllm_share=share, vllm_sleeps=False)
-    estimate = estimate_memory(shape, setup, device_memory)
-    overhead = DEVICE_OVERHEAD if on_gpu else 0
+    estimate = estimate_memory(shape, setup, device.memory)
+    certain, peak = (device.ranks * (size + overhead) for size in (estimate.certain, estimate.peak))
     report.heading(f"Memory per rank, an estimate ({setup.sharding}; docs/memory.md)")
     report.add("parameters", f"{shape.num_parameters:,}" + _adapter_note(setup))
     for name, size in (estimate.state | estimate.training | estimate.generation).items():
         report.add(name, gib(size))
     if estimate.engine:
         report.add("vLLM", gib(estimate.engine))
-    if on_gpu and estimate.kv_tokens is not None:
-        report.add("KV cache", f"{estimate.kv_tokens:,} tokens, {estimate.kv_tokens // setup.row_tokens} full rows")
-        if estimate.kv_tokens < setup.row_tokens:
-            raise ValueError(
-                f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization} of {gib(device_memory)} leaves room "
-                f"for {estimate.kv_tokens} tokens beside the weights, less than a row of {setup.row_tokens}; raise "
-                "it, raise vllm_tensor_parallel_size, or lower max_completion_length."
-            )
     if overhead:
         report.add("context and slack", gib(overhead))
-    ranks_sharing = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    peak = (estimate.peak + overhead) * ranks_sharing
-    device = torch.cuda.get_device_name() if on_gpu else f"this machine, {ranks_sharing} rank(s)"
-    report.add("peak", f"{gib(peak)} of {gib(device_memory)} ({device})")
-    if (estimate.certain + overhead) * ranks_sharing > device_memory:
+    report.add("peak", f"{gib(peak)} of {gib(device.memory)} ({device.name})")
+    if certain > device.memory:
         raise ValueError(
-            f"model_name_or_path={config.name_or_path!r} needs {gib((estimate.certain + overhead) * ranks_sharing)} "
-            f"before the first token ({setup.sharding}, {setup.sharding.num_ranks} rank(s)), but there are "
-            f"{gib(device_memory)}; use more ranks with accelerate_configs/zero3.yaml, use_peft, "
-            "vllm_enable_sleep_mode, or a smaller model."
+            f"model_name_or_path={config.name_or_path!r} needs {gib(certain)} before the first token "
+            f"({setup.sharding}, {setup.sharding.num_ranks} rank(s)), but there are {gib(device.memory)}; use more "
+            "ranks with accelerate_configs/zero3.yaml, use_peft, vllm_enable_sleep_mode, or a smaller model."
         )
-    if peak > device_memory:
+    if device.is_gpu and estimate.kv_tokens is not None:
+        _check_cache(args, setup, config, estimate.kv_tokens, device, report)
+    if peak > device.memory:
         report.warnings.append(
             f"per_device_train_batch_size={args.per_device_train_batch_size} with rows of {setup.row_tokens} tokens "
             "may not fit: lower it (and raise gradient_accumulation_steps as much), set gradient_checkpointing, or "
             "lower max_completion_length."
+        )
+
+
+def _check_cache(
+    args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig, kv_tokens: int, device: Device, report: Report
+) -> None:
+    """Refuse a KV cache that does not hold the longest sequence: vLLM would not start."""
+    report.add("KV cache", f"{kv_tokens:,} tokens, {kv_tokens // setup.row_tokens} full rows")
+    longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
+    if kv_tokens < longest:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization} of {gib(device.memory)} leaves room for "
+            f"{kv_tokens} tokens beside the weights, less than a sequence of {longest} "
+            f"(vllm_max_model_length={args.vllm_max_model_length}); raise it, raise vllm_tensor_parallel_size, or "
+            f"lower vllm_max_model_length to {setup.row_tokens}."
         )
 
 
@@ -390,15 +422,8 @@ def preflight(
     check_batch(args, len(dataset), report)
     check_lengths(args, max_prompt_length, config, report)
     setup = training_setup(args, model_args, config, max_prompt_length + args.max_completion_length)
-    check_memory(args, setup, config, available_memory(args), report)
+    check_memory(args, setup, config, Device.of(args), report)
     check_disk(args, setup, config, report)
     check_vocabulary(args, tokenizer, report)
     check_data(dataset, num_long, report)
     return report
-
-
-def available_memory(args: GRPOConfig) -> float:
-    """Bytes of this rank's device, or of the machine."""
-    if torch.cuda.is_available() and not args.use_cpu:
-        return torch.cuda.get_device_properties(args.device).total_memory
-    return psutil.virtual_memory().total

@@ -1,5 +1,8 @@
 """The memory estimate against what is allocated, and against closed forms."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +21,7 @@ from attn_trainers.memory import (
 from attn_trainers.modeling import build_byte_model, load_tokenizer
 
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 50}
 CONFIGS = {
     "qwen2": Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **SIZES),
@@ -150,3 +154,8 @@ def test_sharding_from_what_accelerate_sets(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Sharding.from_environment(8) == expected
+
+
+def test_the_documented_table_is_what_the_command_prints():
+    table = runpy.run_path(str(ROOT / "benchmarks" / "memory_table.py"))["table"]()
+    assert table in (ROOT / "docs" / "memory.md").read_text()

@@ -15,6 +15,7 @@ from attn_trainers.launch import check_run, load_problems, set_model_init_kwargs
 from attn_trainers.memory import GIB, ModelShape, Sharding, TrainingSetup
 from attn_trainers.modeling import build_byte_model, load_tokenizer
 from attn_trainers.preflight import (
+    Device,
     Report,
     check_disk,
     check_memory,
@@ -158,13 +159,29 @@ def test_memory_that_cannot_be_there_is_refused_and_what_may_not_fit_is_warned_o
     setup = TrainingSetup(Sharding(), 4, 300, 4, 4, has_reference=True)
     state = 20 * ModelShape.from_config(config).num_parameters
     with pytest.raises(ValueError, match="needs 2.2 MiB before the first token .* there are 2.2 MiB"):
-        check_memory(args, setup, config, state - 1, Report())
+        check_memory(args, setup, config, Device("machine", state - 1, is_gpu=False), Report())
     tight = Report()
-    check_memory(args, setup, config, state + 1, tight)
+    check_memory(args, setup, config, Device("machine", state + 1, is_gpu=False), tight)
     assert [w.split(" with")[0] for w in tight.warnings] == ["per_device_train_batch_size=4"]
+    with pytest.raises(ValueError, match="needs 4.4 MiB"):
+        check_memory(args, setup, config, Device("machine", state + 1, is_gpu=False, ranks=2), Report())
     roomy = Report()
-    check_memory(args, setup, config, GIB, roomy)
-    assert roomy.warnings == []
+    check_memory(args, setup, config, Device("machine", GIB, is_gpu=False), roomy)
+    assert roomy.warnings == [] and dict(roomy.rows)["peak"].endswith(" of 1.0 GiB (machine)")
+
+
+def test_vllm_cache_on_a_gpu(byte_model, tmp_path):
+    config = load_model_config(str(byte_model))
+    args = AttnRLConfig(str(tmp_path), vllm_max_model_length=300, vllm_gpu_memory_utilization=0.25, **ATTNRL)
+    setup = TrainingSetup(Sharding(), 4, 300, 4, 4, vllm_share=0.25)
+    report = Report()
+    check_memory(args, setup, config, Device("card", 12 * GIB, is_gpu=True), report)
+    tokens = (GIB - 2 * 115_776) // (4 * 2 * 64)  # layers x width of the keys
+    values = dict(report.rows)
+    assert values["KV cache"] == f"{tokens:,} tokens, {tokens // 300} full rows"
+    assert (values["vLLM"], values["context and slack"]) == ("3.0 GiB", "2.0 GiB")
+    with pytest.raises(ValueError, match=r"vllm_gpu_memory_utilization=0.25 of 8.0 GiB leaves room for 0 .* of 300 "):
+        check_memory(args, setup, config, Device("card", 8 * GIB, is_gpu=True), Report())
 
 
 def test_disk(byte_model, tmp_path):
