@@ -67,10 +67,11 @@ def test_two_ranks_equal_one(config, one_rank, model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_with_vllm_colocate(model_dir, tmp_path):
-    history, weights = launch("cpu_zero3", 2, model_dir, tmp_path, "vllm")
-    start = load_file(model_dir / "model.safetensors")
+def test_zero3_with_vllm_colocate(tiny_model_dir, tmp_path):
+    history, weights = launch("cpu_zero3", 2, tiny_model_dir, tmp_path, "vllm")
+    start = load_file(tiny_model_dir / "model.safetensors")
     assert all(math.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in history)
     assert any(not torch.equal(weights[name], start[name]) for name in start)
     # The second batch is sampled with the weights of the first update.
-    assert all(entry["sampling/sampling_logp_difference/mean"] < 5e-3 for entry in history)
+    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in history]
+    assert max(differences) < 5e-3, differences
