@@ -53,7 +53,7 @@ class CardNotes:
     """What the trainer cannot know of its run, for the card.
 
     Attributes:
-        dataset: Hub id or file of the training problems.
+        dataset: of the training problems: Hub id, file, or a description.
         evaluation: Markdown table of results; by default the last evaluation of the training log.
         evaluation_command: command that gave it.
     """
@@ -102,10 +102,12 @@ class Origin:
             base = f"a local model, `{self.name}`" if self.name else "a local model"
             base += f" (derived from {_link(self.ancestor)})" if self.ancestor else ""
         data = ""
-        if dataset and is_local(dataset):
+        if dataset and is_hub_dataset(dataset):
+            data = f", trained on [{dataset}](https://huggingface.co/datasets/{dataset})"
+        elif dataset and " " not in dataset:
             data = f", trained on the local file `{Path(dataset).name}`"
         elif dataset:
-            data = f", trained on [{dataset}](https://huggingface.co/datasets/{dataset})"
+            data = f", trained on {dataset}"
         return f"This model is {kind} {base}{data}."
 
 
@@ -113,9 +115,10 @@ def _link(hub_id: str) -> str:
     return f"[{hub_id}](https://huggingface.co/{hub_id})"
 
 
-def is_local(dataset: str) -> bool:
-    """Whether a data set is a file rather than a Hub id."""
-    return dataset.endswith((".json", ".jsonl")) or os.path.exists(dataset)
+def is_hub_dataset(dataset: str) -> bool:
+    """Whether a data set is named by a Hub id, rather than by a file or in words."""
+    is_file = dataset.endswith((".json", ".jsonl")) or os.path.exists(dataset)
+    return _HUB_ID.fullmatch(dataset) is not None and not is_file
 
 
 def method_settings(config: GRPOConfig) -> dict[str, object]:
@@ -166,8 +169,9 @@ def evaluation_body(table: str, command: str) -> str:
     return f"{table.strip()}\n\n```shell\n{command}\n```"
 
 
-def launch_command(argv: Sequence[str] = sys.argv) -> str:
-    """The command line of this run as one may publish it: without tokens, and files by their names only."""
+def public_command(launcher: str = "accelerate launch", argv: Sequence[str] | None = None) -> str:
+    """The command line of this run as one may publish it: without tokens, and absolute paths by their last name."""
+    argv = sys.argv if argv is None else argv
     shown, skip = [], False
     for argument in argv:
         if skip:
@@ -182,7 +186,7 @@ def launch_command(argv: Sequence[str] = sys.argv) -> str:
         elif os.path.isabs(argument):
             argument = Path(argument).name
         shown.append(argument)
-    return shlex.join(["accelerate", "launch", *shown])
+    return f"{launcher} {shlex.join(shown)}"
 
 
 class CardMixin:
@@ -204,7 +208,7 @@ class CardMixin:
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         dataset = dataset_name or self.card_notes.dataset
-        super().create_model_card(model_name, dataset if dataset and not is_local(dataset) else None, tags)
+        super().create_model_card(model_name, dataset if dataset and is_hub_dataset(dataset) else None, tags)
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / "README.md"
@@ -260,12 +264,12 @@ class CardMixin:
     def _evaluation(self, model_name: str | None) -> str:
         notes = self.card_notes
         if notes.evaluation:
-            return evaluation_body(notes.evaluation, notes.evaluation_command or launch_command())
+            return evaluation_body(notes.evaluation, notes.evaluation_command or public_command())
         name = self.hub_model_id or model_name
         command = f"python recipes/evaluate.py --model {name} --data FILE.jsonl"
         if table := evaluation_table(self.state.log_history):
             table = f"During training, after {self.state.global_step} updates at the latest.\n\n{table}"
-            return evaluation_body(table, launch_command())
+            return evaluation_body(table, public_command())
         return f"Not evaluated yet.\n\n```shell\n{command}\n```"
 
     def _loading_code(self, model_name: str | None) -> str:

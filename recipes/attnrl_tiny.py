@@ -15,8 +15,9 @@ from pathlib import Path
 from trl import TrlParser
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
+from attn_trainers.hub import CardNotes, public_command, publish
 from attn_trainers.launch import HAS_CUDA
-from attn_trainers.reports import plot_curves, plot_trees
+from attn_trainers.reports import markdown_table, plot_curves, plot_trees
 from attn_trainers.tiny import (
     Stopwatch,
     TinyArguments,
@@ -82,19 +83,20 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     trainer.train()
     watch.lap("training")
     after = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
-    trainer.save_model(args.output_dir)
-    trainer.create_model_card(model_name=Path(args.output_dir).name)
-    if trainer.accelerator.is_main_process:
-        report(trainer, before, after, watch.seconds)
-
-
-def report(trainer: AttnRLTrainer, before, after, seconds: dict[str, float]) -> None:
-    """The table, the files and the pictures of the run."""
     header = ["", "before", "after"]
     rows = [
         ["held-out accuracy", *(f"{r.accuracy:.3f} ± {r.standard_error:.3f}" for r in (before, after))],
         ["completion tokens", *(f"{r.mean_length:.1f}" for r in (before, after))],
     ]
+    if trainer.accelerator.is_main_process:
+        report(trainer, header, rows, before, after, watch.seconds)
+    publish(
+        trainer, CardNotes("multi-step arithmetic made on the spot", markdown_table(header, rows), public_command())
+    )
+
+
+def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seconds: dict[str, float]) -> None:
+    """The table, the files and the pictures of the run."""
     title = (
         f"AttnRL ({trainer.args.branching}, {trainer.args.num_branch_points} branch points): "
         f"{before.num_problems} problems x {before.num_samples} samples, training {seconds['training']:.0f} s"
@@ -116,7 +118,7 @@ def report(trainer: AttnRLTrainer, before, after, seconds: dict[str, float]) -> 
         prompt = max(branched, key=lambda p: len({c.reward for r in p.rollouts for c in r.branches}))
         problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
         plot_trees(prompt, problem, folder / "trees.png")
-    trainer.accelerator.print(f"Model, card, tables and pictures: {folder}")
+    print(f"Tables and pictures: {folder}")
 
 
 if __name__ == "__main__":

@@ -9,24 +9,39 @@ amc23 and 4 for the others, as in the AttnRL paper; `--num_samples` sets it for 
 where it stopped.
 
     python recipes/evaluate.py --compare runs/evaluation/base runs/evaluation/attnrl
+
+With `--write_card true` the table and the command go into the card of a model in a local folder.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from attn_trainers.evaluation import comparison_table
+from attn_trainers.evaluation import comparison_table, markdown_table
 from attn_trainers.evaluation_run import EvaluationArguments, compare_runs, evaluate
+from attn_trainers.hub import public_command, write_evaluation
 
 
-def main(args: EvaluationArguments) -> None:
+@dataclass
+class Arguments(EvaluationArguments):
+    """What to evaluate, and where to put the result."""
+
+    write_card: bool = field(
+        default=False, metadata={"help": "Put the table and the command into the model's card (a local folder)."}
+    )
+
+
+def main(args: Arguments) -> None:
     """Evaluate, or compare two evaluations, and print the table."""
     if args.compare:
         print(comparison_table(compare_runs(*args.compare)))
         return
-    evaluate(args)
+    summaries = evaluate(args)
+    if args.write_card:
+        write_evaluation(args.model, markdown_table(summaries), public_command("python"))
     print((Path(args.output) / "report.md").read_text())
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()[0])
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])

@@ -15,7 +15,7 @@ from attn_trainers.hub import (
     CardNotes,
     Origin,
     evaluation_table,
-    launch_command,
+    public_command,
     publish,
     replace_section,
     write_evaluation,
@@ -122,6 +122,9 @@ def test_origin(tmp_path):
         "This model is a fine-tuned version of a local model, `step-2` (derived from "
         "[org/base](https://huggingface.co/org/base))."
     )
+    words = Origin.of("org/model").sentence(is_adapter=True, dataset="problems made on the spot")
+    assert words.startswith("This model is a LoRA adapter for [org/model]")
+    assert words.endswith(", trained on problems made on the spot.")
     (folder / "README.md").write_text(f"---\nbase_model: {tmp_path}\n---\n")
     assert Origin.of(str(folder)).ancestor is None
 
@@ -159,9 +162,10 @@ def test_last_evaluation_of_the_log():
     assert evaluation_table([{"loss": 0.1}]) is None
 
 
-def test_launch_command_holds_no_tokens_and_no_folders():
+def test_public_command_holds_no_tokens_and_no_folders():
     argv = ["recipes/x.py", "--hub_token", "hf_a", "--token=hf_b", "--dataset", "/home/me/p.jsonl", "--dir=/home/me/d"]
-    assert launch_command(argv) == "accelerate launch recipes/x.py --dataset p.jsonl --dir=d"
+    assert public_command(argv=argv) == "accelerate launch recipes/x.py --dataset p.jsonl --dir=d"
+    assert public_command("python", ["x.py", "two words"]) == "python x.py 'two words'"
 
 
 @pytest.mark.slow
