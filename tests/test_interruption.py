@@ -1,5 +1,6 @@
 """Runs that end early, on real trainers: SIGTERM inside a generation batch, a full disk, resume."""
 
+import inspect
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import signal
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import attn_trainers
 from attn_trainers.interruption import (
@@ -192,3 +193,11 @@ def test_saving_over_an_old_checkpoint_breaks_its_seal_first(build, tmp_path):
 def test_checkpoints_at_any_moment_are_refused(build):
     with pytest.raises(ValueError, match="enable_jit_checkpoint=True"):
         build("Rhythm", enable_jit_checkpoint=True)
+
+
+def test_hooks_of_the_parent_are_as_they_were_read():
+    assert list(inspect.signature(Trainer._push_from_checkpoint).parameters) == ["self", "checkpoint_folder"]
+    loop = " ".join(inspect.getsource(Trainer._inner_training_loop).split())
+    assert (
+        "self._run_epoch( model=model, epoch=epoch," in loop and "if self.control.should_training_stop: break" in loop
+    )
