@@ -41,7 +41,7 @@ class Recipe(AttnRLConfig):
     per_device_train_batch_size: int = 60
     gradient_accumulation_steps: int = 4
     generation_batch_size: int | None = 480
-    max_steps: int = 160
+    max_steps: int = 200
     max_completion_length: int | None = 48
     min_branch_spacing: int = 0  # a step is 7 tokens long
     influence_delta: int = 2  # a solution has 6 steps
