@@ -131,9 +131,9 @@ def warm_accuracy(script: Comparison, args: Recipe, task: tuple) -> float:
 
 
 def mean_and_error(values: list[float]) -> str:
-    """Mean and its standard error over seeds, in points of accuracy."""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{100 * np.mean(values):.1f} ± {100 * error:.1f}"
+    """Mean and its standard error over seeds, in points of accuracy; one seed has no error."""
+    error = f" ± {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{error}"
 
 
 def difference(records: dict, arm: str, other: str) -> str:

@@ -51,7 +51,7 @@ def test_comparison_is_resumable_and_reports_paired_differences(recipe, tmp_path
 
 def test_mean_and_error(recipe):
     assert recipe.mean_and_error([0.4, 0.5, 0.6]) == f"50.0 ± {100 * np.std([0.4, 0.5, 0.6], ddof=1) / 3**0.5:.1f}"
-    assert recipe.mean_and_error([0.4]) == "40.0 ± nan"
+    assert recipe.mean_and_error([0.4]) == "40.0"
 
 
 def test_unknown_arms_are_refused(recipe):
