@@ -186,31 +186,24 @@ def _batches(settings: WarmStart, tokenizer: PreTrainedTokenizerFast, exclude: s
         }
 
 
-def warm_start(
-    settings: WarmStart, cache_dir: str | Path, exclude: set[str] = frozenset(), initial: Path | None = None
-) -> Path:
+def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = frozenset()) -> Path:
     """Train a small model on the noisy teacher's solutions, or find it in the cache.
 
     Args:
         settings: what to train; `settings.key` names the folder in the cache.
         cache_dir: folder of finished models.
         exclude: texts of problems kept out (held-out problems). They do not enter the key.
-        initial: folder of an earlier warm start to go on from, of the same size; by default from scratch.
 
     Returns:
         Folder with the model and its tokenizer.
     """
-    name = settings.key if initial is None else f"{initial.name.removeprefix('arithmetic-')}-{settings.key}"
-    folder = Path(cache_dir) / f"arithmetic-{name}"
+    folder = Path(cache_dir) / f"arithmetic-{settings.key}"
     if (folder / "config.json").exists():
         logger.info("Warm-started model found in %s", folder)
         return folder
     torch.manual_seed(settings.seed)
     tokenizer = build_tokenizer()
-    if initial is None:
-        model = build_model(tokenizer, settings.hidden_size, settings.num_layers)
-    else:
-        model = Qwen2ForCausalLM.from_pretrained(initial)
+    model = build_model(tokenizer, settings.hidden_size, settings.num_layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=settings.learning_rate, total_steps=settings.steps, pct_start=0.1

@@ -22,7 +22,7 @@ from transformers import set_seed
 from trl import TrlParser
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
-from attn_trainers.arithmetic import RECHECK, Problem, WarmStart, prompt_messages, sample_problems, warm_start
+from attn_trainers.arithmetic import RECHECK, Problem, prompt_messages
 from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads
 from attn_trainers.attnpo.head_pictures import plot_ensembles, plot_head_map
 from attn_trainers.attnpo.labels import ESSENTIAL, REDUNDANT
@@ -30,16 +30,14 @@ from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.evaluation_sampling import SampleRequest, SamplingSettings, sample_with_transformers
 from attn_trainers.hub import CardNotes, public_command, publish
 from attn_trainers.launch import HAS_CUDA
-from attn_trainers.modeling import load_tokenizer
 from attn_trainers.reports import markdown_table, plot_curves
 from attn_trainers.tiny import (
-    HELD_OUT_SEED,
-    TRAIN_SEED,
     HeldOutResult,
     Stopwatch,
     TinyArguments,
     evaluate_held_out,
     exact_answer_reward,
+    prepare,
     show_table,
     to_dataset,
     write_results,
@@ -50,10 +48,11 @@ from attn_trainers.tiny import (
 class Arguments(TinyArguments):
     """The task and what is compared."""
 
+    num_operations: int = field(default=3, metadata={"help": "Operations per problem."})
     noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
     recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
-    warm_start_steps: int = field(default=800, metadata={"help": "Steps of the warm start without re-checks."})
-    recheck_steps: int = field(default=120, metadata={"help": "Further steps on solutions with re-checks."})
+    warm_start_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_batch_size: int = field(default=32, metadata={"help": "Solutions per step of the warm start."})
     num_probed: int = field(default=400, metadata={"help": "Problems on which the heads are found."})
     num_eval_samples: int = field(default=2, metadata={"help": "Samples per held-out problem."})
     compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
@@ -71,9 +70,9 @@ class Recipe(AttnPOConfig):
     per_device_train_batch_size: int = 64
     gradient_accumulation_steps: int = 4
     max_steps: int = 60
-    max_completion_length: int | None = 224
+    max_completion_length: int | None = 160
     use_vllm: bool = False
-    vllm_max_model_length: int | None = 320
+    vllm_max_model_length: int | None = 256
     gradient_checkpointing: bool = False
     bf16: bool | None = HAS_CUDA
     use_cpu: bool = not HAS_CUDA
@@ -96,38 +95,13 @@ PANELS = {
 }
 
 
-def warm_start_with_rechecks(args: Arguments):
-    """As `prepare`, in two stages: the facts on solutions without re-checks, which are quicker to learn from."""
-    held_out = sample_problems(args.num_eval_problems, HELD_OUT_SEED, args.num_operations)
-    texts = {problem.text for problem in held_out}
-    training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, exclude=texts)
-    facts = WarmStart(
-        noise=args.noise,
-        num_operations=args.num_operations,
-        steps=args.warm_start_steps,
-        batch_size=args.warm_start_batch_size,
-    )
-    rechecks = WarmStart(
-        noise=args.noise,
-        recheck=args.recheck,
-        num_operations=args.num_operations,
-        steps=args.recheck_steps,
-        batch_size=args.warm_start_batch_size // 2,
-        learning_rate=1e-3,
-    )
-    with PartialState().main_process_first():
-        first = warm_start(facts, args.cache_dir, exclude=texts)
-        folder = warm_start(rechecks, args.cache_dir, exclude=texts, initial=first)
-    return folder, load_tokenizer(folder), training, held_out
-
-
 def probe_data(folder: Path, tokenizer, problems: list[Problem], path: Path) -> None:
     """The model's own correct responses to `problems`, a re-check being redundant and any other step essential."""
     texts = [
         tokenizer.apply_chat_template(prompt_messages(p), add_generation_prompt=True, tokenize=False) for p in problems
     ]
     requests = [SampleRequest(i, 0, tokenizer(text)["input_ids"], seed=i) for i, text in enumerate(texts)]
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=224, batch_size=200)
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=160, batch_size=200)
     lines = []
     for request, ids in sample_with_transformers(str(folder), settings, tokenizer, requests):
         problem, text = problems[request.problem], tokenizer.decode(ids, skip_special_tokens=True)
@@ -184,7 +158,7 @@ def main(tiny: Arguments, args: Recipe) -> None:
     if tiny.compare and args.use_vllm:
         raise ValueError("compare=True trains twice in one process, which one vLLM engine cannot serve; set it False.")
     watch = Stopwatch()
-    model, tokenizer, training, held_out = warm_start_with_rechecks(tiny)
+    model, tokenizer, training, held_out = prepare(tiny, tiny.recheck)
     watch.lap("warm start")
     folder = Path(args.output_dir)
     heads_line = "Heads as given."
