@@ -1,5 +1,6 @@
 """Fixtures every test may use."""
 
+import json
 import os
 import socket
 import subprocess
@@ -79,3 +80,16 @@ def launch_script(config: str, script: Path, *arguments: object, timeout: float 
 def launch():
     """`launch_script`, for tests of several ranks and of whole recipes."""
     return launch_script
+
+
+@pytest.fixture(scope="session")
+def run_ranks(launch):
+    """Runs a training script on some ranks and returns what it wrote to its output file, and its final weights."""
+    from safetensors.torch import load_file
+
+    def run(script: str, config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str):
+        output = folder / f"{config}-{generation}.json"
+        launch(config, ROOT / "tests" / "distributed" / script, model_dir, output, num_ranks, generation)
+        return json.loads(output.read_text()), load_file(output.with_suffix("") / "model.safetensors")
+
+    return run

@@ -1,9 +1,6 @@
 """One rank's losses, metrics and weights equal two ranks', under DDP, ZeRO-3 and FSDP2; ZeRO-3 with vLLM colocate."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from attn_trainers.arithmetic import build_model, build_tokenizer
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,32 +24,16 @@ def model_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str = "given"):
-    """History and final weights of a run."""
-    output = folder / f"{config}-{generation}.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(Path(__file__).with_name("run_attnpo.py"))]
-    done = subprocess.run(
-        [*command, str(model_dir), str(output), str(num_ranks), generation],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(output.read_text()), load_file(output.with_suffix("") / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
-def one_rank(model_dir, tmp_path_factory):
-    return launch("cpu", 1, model_dir, tmp_path_factory.mktemp("one-rank"))
+def one_rank(run_ranks, model_dir, tmp_path_factory):
+    return run_ranks("run_attnpo.py", "cpu", 1, model_dir, tmp_path_factory.mktemp("one-rank"), "given")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
-def test_two_ranks_equal_one(config, one_rank, model_dir, tmp_path):
+def test_two_ranks_equal_one(run_ranks, config, one_rank, model_dir, tmp_path):
     history, weights = one_rank
-    two_history, two_weights = launch(config, 2, model_dir, tmp_path)
+    two_history, two_weights = run_ranks("run_attnpo.py", config, 2, model_dir, tmp_path, "given")
     assert len(history) == 2
     for one, two in zip(history, two_history, strict=True):
         assert one.keys() == two.keys()
@@ -67,8 +45,8 @@ def test_two_ranks_equal_one(config, one_rank, model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_with_vllm_colocate(tiny_model_dir, tmp_path):
-    history, weights = launch("cpu_zero3", 2, tiny_model_dir, tmp_path, "vllm")
+def test_zero3_with_vllm_colocate(run_ranks, tiny_model_dir, tmp_path):
+    history, weights = run_ranks("run_attnpo.py", "cpu_zero3", 2, tiny_model_dir, tmp_path, "vllm")
     start = load_file(tiny_model_dir / "model.safetensors")
     assert all(math.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in history)
     assert any(not torch.equal(weights[name], start[name]) for name in start)

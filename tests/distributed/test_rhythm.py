@@ -1,18 +1,11 @@
 """One rank's head sets, factors, advantages, losses and weights equal two ranks', under DDP and ZeRO-3."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from attn_trainers.arithmetic import build_model, build_tokenizer
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,30 +22,16 @@ def model_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str = "given") -> dict:
-    output = folder / f"{config}-{generation}.json"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(Path(__file__).with_name("run_rhythm.py"))]
-    done = subprocess.run(
-        [*command, str(model_dir), str(output), str(num_ranks), generation],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(output.read_text()) | {"weights": load_file(output.with_suffix("") / "model.safetensors")}
-
-
 @pytest.fixture(scope="module")
-def one_rank(model_dir, tmp_path_factory):
-    return launch("cpu", 1, model_dir, tmp_path_factory.mktemp("one-rank"))
+def one_rank(run_ranks, model_dir, tmp_path_factory):
+    return run_ranks("run_rhythm.py", "cpu", 1, model_dir, tmp_path_factory.mktemp("one-rank"), "given")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3"])
-def test_two_ranks_equal_one(config, one_rank, model_dir, tmp_path):
-    two_ranks = launch(config, 2, model_dir, tmp_path)
+def test_two_ranks_equal_one(run_ranks, config, one_rank, model_dir, tmp_path):
+    one_rank, weights = one_rank
+    two_ranks, two_weights = run_ranks("run_rhythm.py", config, 2, model_dir, tmp_path, "given")
     assert [batch["calibrated"] is not None for batch in one_rank["batches"]] == [False, True, True]
     for one, two in zip(one_rank["batches"], two_ranks["batches"], strict=True):
         assert two["heads"] == one["heads"] and two["calibrated"] == one["calibrated"]
@@ -65,5 +44,5 @@ def test_two_ranks_equal_one(config, one_rank, model_dir, tmp_path):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert two[name] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
-    for name, weight in one_rank["weights"].items():
-        torch.testing.assert_close(two_ranks["weights"][name], weight, rtol=1e-4, atol=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(two_weights[name], weight, rtol=1e-4, atol=1e-6)
