@@ -11,7 +11,7 @@ def one_rank(run_ranks, tiny_model_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3"])
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3", "cpu_fsdp2"])
 def test_two_ranks_equal_one(run_ranks, config, one_rank, tiny_model_dir, tmp_path):
     one_rank, weights = one_rank
     two_ranks, two_weights = run_ranks("run_attnrl.py", config, 2, tiny_model_dir, tmp_path, "vllm")
