@@ -13,8 +13,8 @@ TORCH_FLAGS ?=
 TEST_JOBS ?= 2
 HAS_CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 
-# Threads that wait without spinning: torch and vLLM bring an OpenMP runtime each, and would take each other's cores.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that wait do not spin for long: torch and vLLM bring an OpenMP runtime each, and would take each other's cores.
+export GOMP_SPINCOUNT := 20000
 export KMP_BLOCKTIME := 0
 
 .PHONY: setup run test lint bench clean
