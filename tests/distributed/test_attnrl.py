@@ -1,5 +1,4 @@
-"""One rank's samples, rows, losses, weights and controllers equal two ranks', under DDP and ZeRO-3 with vLLM
-colocate."""
+"""One rank's samples, rows, losses, weights and controllers equal two ranks' with vLLM colocate: DDP, ZeRO-3, FSDP2."""
 
 import pytest
 import torch
