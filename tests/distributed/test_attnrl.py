@@ -1,4 +1,4 @@
-"""One rank's samples, rows, losses, weights and controllers equal two ranks' with vLLM colocate: DDP, ZeRO-3, FSDP2."""
+"""One rank's samples, rows, losses, weights and controllers equal two ranks', with vLLM: DDP, ZeRO-3 and FSDP2."""
 
 import pytest
 import torch
