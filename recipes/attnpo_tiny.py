@@ -51,8 +51,8 @@ class Arguments(TinyArguments):
     num_operations: int = field(default=3, metadata={"help": "Operations per problem."})
     noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
     recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
-    warm_start_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the warm start."})
-    warm_start_batch_size: int = field(default=32, metadata={"help": "Solutions per step of the warm start."})
+    warm_start_steps: int = field(default=900, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_batch_size: int = field(default=64, metadata={"help": "Solutions per step of the warm start."})
     num_probed: int = field(default=400, metadata={"help": "Problems on which the heads are found."})
     num_eval_samples: int = field(default=2, metadata={"help": "Samples per held-out problem."})
     compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
@@ -66,7 +66,7 @@ class Recipe(AttnPOConfig):
     step_mode: str = "paragraphs"
     length_penalty: float = 0.4  # twice the published weight: a run is short
     schedule_fraction: float = 0.5
-    learning_rate: float = 5e-4
+    learning_rate: float = 1.5e-4
     per_device_train_batch_size: int = 64
     gradient_accumulation_steps: int = 4
     max_steps: int = 60
