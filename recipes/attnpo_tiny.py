@@ -1,4 +1,4 @@
-"""AttnPO on a CPU in minutes: a small Qwen2 that re-checks its arithmetic without need learns to leave it.
+"""AttnPO on a CPU in minutes: a small Qwen2 that re-checks its arithmetic without need, trained to think shorter.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnpo_tiny.py
 
