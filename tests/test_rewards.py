@@ -14,6 +14,7 @@ from attn_trainers.grading import KILLED, RIGHT, TIMEOUT, WRONG, GradingPool, sh
 from attn_trainers.rewards import (
     boxed_answers,
     boxed_format_reward,
+    get_length_penalised_accuracy_reward,
     math_accuracy,
     math_accuracy_reward,
     unverifiable_answers,
@@ -168,6 +169,17 @@ def test_reward_of_strings_and_conversations_logs_the_same_metrics():
         )
         assert reward == [1.0, 0.0]
     assert logged == [("grading/timeouts", 0.0), ("grading/kills", 0.0)] * 2
+
+
+def test_length_penalised_accuracy_reward():
+    reward = get_length_penalised_accuracy_reward(num_generations=4)
+    completions = [r"\boxed{7}"] * 3 + [r"\boxed{8}"] * 5
+    completion_ids = [[0] * n for n in (100, 200, 300, 50, 10, 20, 30, 40)]
+    rewards = reward(completions=completions, answer=["7"] * 8, completion_ids=completion_ids)
+    # Of the first group the right ones have mean length 200 and deviation 81.65; of the second none is right.
+    assert rewards == pytest.approx([0.954579, 0.9, 0.845421, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-6)
+    with pytest.raises(ValueError, match="num_generations=4 does not divide the 3 completions"):
+        reward(completions=completions[:3], answer=["7"] * 3, completion_ids=completion_ids[:3])
 
 
 def test_boxed_format_reward():
