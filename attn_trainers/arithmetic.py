@@ -9,9 +9,11 @@ samples both right and wrong chains: something for reinforcement learning to cho
 import hashlib
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 logger = logging.getLogger(__name__)
 
 MAX_VALUE = 199
+BUCKETS = 8  # batches that are drawn at once and sorted by length, so that little is padded
 RECHECK = "Wait, let me check: "
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
@@ -49,9 +52,9 @@ def _operation(op: int) -> str:
     return f" + {op}" if op > 0 else f" - {-op}"
 
 
-def sample_problem(rng: random.Random, num_operations: int = 5) -> Problem:
-    """Draw a chain from a two-digit start whose partial results never turn negative."""
-    value = start = rng.randint(10, 99)
+def sample_problem(rng: random.Random, num_operations: int = 5, max_start: int = 99) -> Problem:
+    """Draw a chain from a start between 10 and `max_start` whose partial results never turn negative."""
+    value = start = rng.randint(10, max_start)
     operations = []
     for _ in range(num_operations):
         digit = rng.randint(1, 9)
@@ -61,38 +64,46 @@ def sample_problem(rng: random.Random, num_operations: int = 5) -> Problem:
     return Problem(start, tuple(operations))
 
 
-def sample_problems(count: int, seed: int, num_operations: int = 5, exclude: set[str] = frozenset()) -> list[Problem]:
+def sample_problems(
+    count: int, seed: int, num_operations: int = 5, max_start: int = 99, exclude: set[str] = frozenset()
+) -> list[Problem]:
     """Draw `count` different problems, none of whose texts is in `exclude`."""
     rng = random.Random(seed)
     seen, problems = set(exclude), []
     while len(problems) < count:
-        problem = sample_problem(rng, num_operations)
+        problem = sample_problem(rng, num_operations, max_start)
         if problem.text not in seen:
             seen.add(problem.text)
             problems.append(problem)
     return problems
 
 
-def write_solution(problem: Problem, rng: random.Random, noise: float, recheck: float = 0.0) -> str:
+def write_solution(
+    problem: Problem, rng: random.Random, noise: float, recheck: float = 0.0, restate: bool = False
+) -> str:
     """Write a solution as the noisy teacher does.
 
     Args:
         problem: what to solve.
         rng: source of the noise.
         noise: probability that a written result is wrong; the chain goes on from the wrong value.
-        recheck: probability that a step is followed by a redundant re-check of it (and that by another, and so on).
+        recheck: probability that a step is followed by a redundant re-check of it, the inverse operation (and that by
+            another, and so on).
+        restate: whether the answer repeats the steps, without re-checks, before the boxed result.
     """
-    value, paragraphs = problem.start, []
+    value, paragraphs, steps = problem.start, [], []
     for op in problem.operations:
         result = value + op
         if rng.random() < noise:
-            result = min(MAX_VALUE, max(0, result + rng.choice([-5, -4, -3, -2, -1, 1, 2, 3, 4, 5])))
-        step = f"{value}{_operation(op)} = {result}"
-        paragraphs.append(step)
+            result += rng.choice([-5, -4, -3, -2, -1, 1, 2, 3, 4, 5])
+        result = min(MAX_VALUE, max(0, result))  # a wrong chain, too, keeps to numbers that have a token
+        steps.append(f"{value}{_operation(op)} = {result}")
+        paragraphs.append(steps[-1])
         while rng.random() < recheck:
-            paragraphs.append(RECHECK + step)
+            paragraphs.append(f"{RECHECK}{result}{_operation(-op)} = {value}")
         value = result
-    return "\n\n".join(paragraphs) + f"\n\n</think>\\boxed{{{value}}}"
+    answer = "".join(step + "\n" for step in steps if restate) + f"\\boxed{{{value}}}"
+    return "\n\n".join(paragraphs) + "\n\n</think>" + answer
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,7 +127,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 4, tie_word_embeddings: bool = False
 ) -> Qwen2ForCausalLM:
-    """Qwen2 from scratch with heads of 32 (the smallest that vLLM's CPU attention takes), two to a key head."""
+    """Qwen2 from scratch with heads of 32 (the smallest that vLLM's CPU attention takes), two to a key head.
+
+    The embeddings of numbers start as Fourier features of their values, so that near and congruent numbers are alike
+    and the facts of addition need not be learnt one by one: the same accuracy in under half the steps.
+    """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -131,7 +146,19 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    first = tokenizer.convert_tokens_to_ids("0")
+    with torch.no_grad():
+        for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weight[first : first + MAX_VALUE + 1] = _number_features(hidden_size)
+    return model
+
+
+def _number_features(size: int, scale: float = 0.1) -> torch.Tensor:
+    """(MAX_VALUE + 1, size): cosines and sines of the numbers at periods from 2 to twice their range."""
+    periods = torch.logspace(math.log10(2), math.log10(2 * (MAX_VALUE + 1)), size // 2)
+    angles = 2 * math.pi * torch.arange(MAX_VALUE + 1)[:, None] / periods  # (MAX_VALUE + 1, size / 2)
+    return scale * torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def prompt_messages(problem: Problem) -> list[dict[str, str]]:
@@ -145,9 +172,11 @@ class WarmStart:
 
     noise: float = 0.15
     recheck: float = 0.0
+    restate: bool = False
     num_operations: int = 5
-    steps: int = 1500
-    batch_size: int = 64
+    max_start: int = 99
+    steps: int = 1600
+    batch_size: int = 32
     learning_rate: float = 3e-3
     hidden_size: int = 128
     num_layers: int = 4
@@ -158,32 +187,38 @@ class WarmStart:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _batches(settings: WarmStart, tokenizer: PreTrainedTokenizerFast, exclude: set[str]) -> Iterator[dict]:
-    """Right-padded batches of prompt + solution + EOS; labels are -100 on the prompt and the padding."""
+def _solutions(settings: WarmStart, tokenizer: PreTrainedTokenizerFast, exclude: set[str]) -> Iterator[tuple]:
+    """Token ids of prompt + solution + EOS, and the number of them that are the prompt's, without end."""
     rng = random.Random(settings.seed)
+    while True:
+        problem = sample_problem(rng, settings.num_operations, settings.max_start)
+        if problem.text in exclude:
+            continue
+        prompt = tokenizer.apply_chat_template(prompt_messages(problem), add_generation_prompt=True, tokenize=False)
+        solution = write_solution(problem, rng, settings.noise, settings.recheck, settings.restate)
+        ids = tokenizer([prompt, prompt + solution + tokenizer.eos_token])["input_ids"]
+        yield ids[1], len(ids[0])
+
+
+def _batches(settings: WarmStart, tokenizer: PreTrainedTokenizerFast, exclude: set[str]) -> Iterator[dict]:
+    """Right-padded batches of rows of like length; labels are -100 on the prompt and the padding."""
+    rng = random.Random(settings.seed)
+    solutions = _solutions(settings, tokenizer, exclude)
+    queue: list[list[tuple]] = []
     for _ in range(settings.steps):
-        rows, prompt_lengths = [], []
-        while len(rows) < settings.batch_size:
-            problem = sample_problem(rng, settings.num_operations)
-            if problem.text in exclude:
-                continue
-            prompt = tokenizer.apply_chat_template(
-                prompt_messages(problem), add_generation_prompt=True, tokenize=False
-            )
-            solution = write_solution(problem, rng, settings.noise, settings.recheck) + tokenizer.eos_token
-            rows.append(tokenizer(prompt + solution)["input_ids"])
-            prompt_lengths.append(len(tokenizer(prompt)["input_ids"]))
-        width = max(map(len, rows))
+        if not queue:
+            rows = sorted(islice(solutions, BUCKETS * settings.batch_size), key=lambda row: len(row[0]))
+            queue = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+            rng.shuffle(queue)
+        rows = queue.pop()
+        width = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)  # (B, T)
         labels = torch.full((len(rows), width), -100)  # (B, T)
-        for i, (row, prompt_length) in enumerate(zip(rows, prompt_lengths, strict=True)):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            labels[i, prompt_length : len(row)] = torch.tensor(row[prompt_length:])
-        yield {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != tokenizer.pad_token_id).long(),
-            "labels": labels,
-        }
+        for i, (ids, prompt_length) in enumerate(rows):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+        attention_mask = (input_ids != tokenizer.pad_token_id).long()  # (B, T)
+        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = frozenset()) -> Path:
@@ -201,10 +236,11 @@ def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = f
     if (folder / "config.json").exists():
         logger.info("Warm-started model found in %s", folder)
         return folder
-    torch.manual_seed(settings.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, settings.hidden_size, settings.num_layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = build_model(tokenizer, settings.hidden_size, settings.num_layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=settings.learning_rate, total_steps=settings.steps, pct_start=0.1
     )

@@ -11,6 +11,8 @@ from statistics import fmean, median
 
 import numpy as np
 
+from .tables import markdown_table
+
 
 BOOTSTRAP_DRAWS = 10_000
 _LONG_BENCHMARKS = ("aime24", "aime25", "amc23")
@@ -222,7 +224,7 @@ def _count(value: Estimate) -> str:
     return f"{value.value:.0f} ± {value.standard_error:.0f}"
 
 
-def markdown_table(summaries: Sequence[Summary]) -> str:
+def summary_table(summaries: Sequence[Summary]) -> str:
     """One row per data set; pass@k in percent, lengths in tokens, ± one standard error. The last row of several is the
     plain mean of pass@1, whose standard error takes the data sets as independent."""
     ks = sorted({k for summary in summaries for k in summary.pass_at})
@@ -240,7 +242,7 @@ def markdown_table(summaries: Sequence[Summary]) -> str:
         error = math.sqrt(sum(e.standard_error**2 for e in firsts)) / len(firsts)
         mean = _percent(Estimate(fmean(e.value for e in firsts), error))
         rows.append(["mean", "", "", mean, *[""] * (len(header) - 4)])
-    return _table(header, rows)
+    return markdown_table(header, rows) + "\n"
 
 
 def comparison_table(comparisons: dict[str, dict[str, Comparison]]) -> str:
@@ -264,9 +266,4 @@ def comparison_table(comparisons: dict[str, dict[str, Comparison]]) -> str:
                     f"{c.p_value:.3g}",
                 ]
             )
-    return _table(header, rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return markdown_table(header, rows) + "\n"

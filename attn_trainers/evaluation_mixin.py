@@ -1,17 +1,19 @@
 """pass@k and thinking lengths during training, from what TRL's own evaluation generates and scores anyway."""
 
 import torch
+from accelerate.utils import gather_object
 
 from .evaluation import default_pass_at, pass_at_k
+from .evaluation_sampling import count_thinking_tokens
 
 
 class EvaluationMixin:
-    """Adds pass@k to the evaluation logs of a `GRPOTrainer` (`class MyTrainer(EvaluationMixin, GRPOTrainer)`).
+    """Adds pass@k and thinking length to the evaluation logs of a `GRPOTrainer` (named before it in the bases).
 
     TRL evaluates `eval_dataset` every `eval_steps`, draws `num_generations_eval` completions per prompt and logs mean
     reward, lengths and the share truncated. From the first reward function (right where above 0) this logs
-    `eval_pass@k`, for k the powers of two up to `num_generations_eval`. Nothing is generated again and no collective
-    is added: TRL gathers the rewards over all ranks, so every rank logs the same.
+    `eval_pass@k`, for k the powers of two up to `num_generations_eval`, and `eval_completions/mean_thinking_length` in
+    tokens (`count_thinking_tokens`). Nothing is generated again, and every rank logs the same.
     """
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -22,4 +24,8 @@ class EvaluationMixin:
             for k in default_pass_at(n):
                 # One entry per prompt: TRL logs the mean of the entries.
                 self._metrics["eval"][f"pass@{k}"].extend(pass_at_k(n, c, k) for c in right)
+            prompt_ids, _, _ = self._tokenize_prompts(prompts)
+            pairs = zip(prompt_ids, completion_ids_list, strict=True)
+            lengths = [count_thinking_tokens(self.processing_class, prompt, ids) for prompt, ids in pairs]
+            self._metrics["eval"]["completions/mean_thinking_length"].extend(gather_object(lengths))
         return rewards

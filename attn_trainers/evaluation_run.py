@@ -9,10 +9,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +24,9 @@ from .evaluation import (
     accuracy_per_problem,
     by_problem,
     default_num_samples,
-    markdown_table,
     paired_bootstrap,
     summarize,
+    summary_table,
 )
 from .evaluation_sampling import (
     SampleRequest,
@@ -52,6 +53,9 @@ class EvaluationArguments:
     """What to evaluate, and how."""
 
     model: str | None = field(default=None, metadata={"help": "Local folder or Hub id of a model or a LoRA adapter."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub model; by default its main branch."}
+    )
     data: list[str] = field(
         default_factory=list,
         metadata={"help": "JSONL files or Hub data sets (id or id:split; else split test)."},
@@ -95,6 +99,8 @@ class EvaluationArguments:
             return
         if not self.model or not self.data:
             raise ValueError(f"model={self.model!r}, data={self.data}: set both, or compare two output folders.")
+        if self.revision is not None and Path(self.model).is_dir():
+            raise ValueError(f"revision={self.revision!r} is set, but {self.model} is a local folder; remove it.")
         names = [data_name(source) for source in self.data]
         if len(set(names)) < len(names):
             raise ValueError(f"data={self.data} has two sources of one name; rename a file.")
@@ -212,7 +218,7 @@ def check_settings(output: Path, settings: dict) -> None:
 
 def run_settings(args: EvaluationArguments, problems: dict[str, list[dict]]) -> dict:
     """All that a completion depends on; the number of samples is not among it, so a run can be extended."""
-    names = ("model", "temperature", "top_p", "max_new_tokens", "seed", "prompt_template", "dtype")
+    names = ("model", "revision", "temperature", "top_p", "max_new_tokens", "seed", "prompt_template", "dtype")
     digests = {
         name: hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() for name, rows in problems.items()
     }
@@ -246,6 +252,8 @@ def evaluate(args: EvaluationArguments) -> list[Summary]:
     output = Path(args.output)
     problems = load_sources(args)
     check_settings(output, run_settings(args, problems))
+    if args.revision is not None:
+        args = replace(args, model=snapshot_download(args.model, revision=args.revision), revision=None)
     tokenizer = tokenizer_of(args.model)
     missing: list[tuple[str, SampleRequest]] = []
     for source in args.data:
@@ -317,7 +325,7 @@ def _grade_and_append(args, tokenizer, problems, names, drawn) -> None:
 
 def write_report(output: Path, summaries: Sequence[Summary]) -> None:
     """`report.md`, `report.json` and `report.png`."""
-    (output / "report.md").write_text(markdown_table(summaries))
+    (output / "report.md").write_text(summary_table(summaries))
     (output / "report.json").write_text(json.dumps([asdict(s) for s in summaries], indent=2) + "\n")
     import matplotlib
 

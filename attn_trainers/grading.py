@@ -11,6 +11,7 @@ ends it half a second later. What ends a worker costs the request it was at; its
 
 import atexit
 import json
+import math
 import os
 import selectors
 import signal
@@ -30,6 +31,7 @@ MAX_FAILED_STARTS = 3  # in a row
 CHUNK_REQUESTS = 16
 CHUNK_BYTES = 60_000  # less than a pipe holds (64 KiB), so that writing to an idle worker never blocks
 ALARM_GRACE_SECONDS = 0.5
+LEAST_LIMIT_SECONDS = 0.05  # with less left no work is begun
 _WORKER = str(Path(__file__).with_name("grading_worker.py"))
 
 
@@ -101,30 +103,40 @@ class GradingPool:
         Args:
             requests: as `grading_worker` takes them, without "limit".
             timeout: seconds of work on one request.
-            within: seconds from now after which the call should be over, at the price of a shorter limit where
-                starting workers took long (but no less than half of `timeout`).
+            within: of a single request, seconds from now after which the call ends (`ALARM_GRACE_SECONDS` later at
+                the most), waiting for workers included: its limit is what is left, and TIMEOUT where nothing is.
 
         Raises:
             RuntimeError: workers cannot be started.
         """
-        called = time.monotonic()
+        end = None if within is None else time.monotonic() + within
+        if not self._lock.acquire(timeout=-1 if within is None else within / 4):
+            spare = GradingPool(1)  # another thread's batch holds the workers of this pool
+            try:
+                return spare.grade(requests, timeout, end - time.monotonic())
+            finally:
+                spare.close()
+        try:
+            return self._grade(requests, timeout, end)
+        except BaseException:
+            self._end_workers()  # they may hold requests of this batch
+            raise
+        finally:
+            self._lock.release()
+
+    def _grade(self, requests: list[dict], timeout: float, end: float | None) -> list[str]:
         results: list[str | None] = [None] * len(requests)
         queue = deque(range(len(requests)))
-
-        def limit() -> float:
-            if within is None:
-                return timeout
-            return max(timeout / 2, min(timeout, called + within - time.monotonic()))
-
-        with self._lock:
-            try:
-                while None in results:
-                    self._start_workers(len(queue))
-                    self._hand_out(queue, requests, limit)
-                    self._collect(queue, results)
-            except BaseException:
-                self._end_workers()  # they may hold requests of this batch
-                raise
+        while None in results:
+            left = math.inf if end is None else end - time.monotonic()
+            if left < LEAST_LIMIT_SECONDS:
+                for index in queue:
+                    results[index] = TIMEOUT
+                queue.clear()
+            self._start_workers(len(queue))
+            self._hand_out(queue, requests, min(timeout, left))
+            if None in results:
+                self._collect(queue, results, end)
         return results
 
     def close(self):
@@ -140,27 +152,28 @@ class GradingPool:
             self.workers.append(worker)
             self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
-    def _hand_out(self, queue: deque[int], requests: list[dict], limit):
+    def _hand_out(self, queue: deque[int], requests: list[dict], limit: float):
         for worker in self.workers:
             if not queue:
                 return
             if not worker.ready or worker.assigned or worker.leaving:
                 continue
             share = min(CHUNK_REQUESTS, -(-len(queue) // (2 * len(self.workers))))
-            chunk, size, seconds = {}, 0, limit()
+            chunk, size = {}, 0
             while queue and len(chunk) < share:
-                message = json.dumps(requests[queue[0]] | {"limit": seconds}, ensure_ascii=False)
+                message = json.dumps(requests[queue[0]] | {"limit": limit}, ensure_ascii=False)
                 line = message.encode("utf-8", "surrogatepass") + b"\n"
                 if chunk and size + len(line) > CHUNK_BYTES:
                     break
                 chunk[queue.popleft()] = line
                 size += len(line)
-            worker.send(chunk, seconds)
+            worker.send(chunk, limit)
 
-    def _collect(self, queue: deque[int], results: list[str | None]):
-        """Wait for something to happen and book it."""
+    def _collect(self, queue: deque[int], results: list[str | None], end: float | None):
+        """Wait for something to happen, no longer than to the end while requests wait, and book it."""
         busy = [worker for worker in self.workers if worker.assigned or worker.leaving or not worker.ready]
-        patience = min(worker.deadline for worker in busy) - time.monotonic()
+        deadlines = [worker.deadline for worker in busy] + [end] * (end is not None and bool(queue))
+        patience = min(deadlines) - time.monotonic()
         for key, _ in self._selector.select(max(0.0, patience)):
             worker = key.data
             replies = worker.receive()

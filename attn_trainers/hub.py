@@ -20,7 +20,7 @@ from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from .modeling import GENERIC_TOKENIZERS
-from .reports import markdown_table
+from .tables import markdown_table
 
 
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
@@ -319,7 +319,7 @@ def evaluation_table(log_history: Sequence[Mapping[str, float]]) -> str | None:
     latest: dict[str, dict[str, float]] = {}
     for entry in log_history:
         for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(?:(.+)_)?(reward|pass@\d+|completions/mean_length)", key):
+            if match := re.fullmatch(r"eval_(?:(.+)_)?(reward|pass@\d+|completions/mean_(?:thinking_)?length)", key):
                 latest.setdefault(match[1] or "evaluation", {})[match[2]] = value
     if not latest:
         return None

@@ -1,7 +1,8 @@
-"""Pictures and tables of a run: training curves, and the trees of one prompt with influence, values and branch
+"""Pictures of a run: training curves, and the trees of one prompt with influence, values and branch
 points."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ from .attnrl.trees import tree_segments  # noqa: E402
 
 INK = "#2b2b2b"
 BLUE = "#2f6db3"
+COLOURS = (BLUE, "#d9822b", "#3c9d5b", "#8a4fae")  # of runs in one panel
 VALUES = colormaps["RdYlGn"]
 
 
@@ -27,29 +29,34 @@ def curve(log_history: Sequence[dict], name: str) -> tuple[list[int], list[float
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_curves(log_history: Sequence[dict], panels: dict[str, str], path: str | Path, title: str) -> None:
+def plot_curves(histories: dict[str, Sequence[dict]], panels: dict[str, str], path: str | Path, title: str) -> None:
     """One panel per metric over the optimizer steps.
 
     Args:
-        log_history: `trainer.state.log_history`.
+        histories: name of a run to its `trainer.state.log_history`; several runs share the panels.
         panels: metric name to panel title; metrics that were never logged are left out.
         path: PNG to write.
         title: of the picture.
     """
-    panels = {name: label for name, label in panels.items() if curve(log_history, name)[0]}
+    panels = {
+        name: label for name, label in panels.items() if any(curve(history, name)[0] for history in histories.values())
+    }
     columns = min(3, max(1, len(panels)))
     rows = -(-len(panels) // columns) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (name, label) in zip(axes.flat, panels.items(), strict=False):
-        steps, values = curve(log_history, name)
-        axis.plot(steps, values, color=BLUE, linewidth=1.6, marker="o" if len(steps) < 3 else None)
+        for (run, history), colour in zip(histories.items(), cycle(COLOURS), strict=False):
+            steps, values = curve(history, name)
+            axis.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(steps) < 3 else None, label=run)
         axis.set_title(label, fontsize=10, color=INK)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+    if len(histories) > 1:
+        axes[0, 0].legend(fontsize=8)
     figure.suptitle(title, color=INK)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -123,11 +130,3 @@ def _draw_ends(axis, index: int, rollout, segments, base: float) -> None:
         axis.text(ends[leaf] + 0.4, base - leaf, f"R={reward:g}", va="center", fontsize=7, color=INK)
     label = f"rollout {index + 1}" + ("" if rollout.branches else " (not expanded)")
     axis.text(-0.6, base, label, ha="right", va="center", fontsize=8, color=INK)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns."""
-    cells = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

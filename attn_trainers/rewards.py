@@ -215,7 +215,8 @@ def math_accuracy(completion: str, answer: str | list[str], *, timeout: float = 
     Args:
         completion: what the model wrote; any text, however long, deep or malformed.
         answer: the accepted answer or several of them, of which any is right.
-        timeout: seconds of work after which the answer counts as wrong. The call is over within a second more.
+        timeout: seconds of work after which the answer counts as wrong. The call is over within a second more, the
+            start of a worker (one to two seconds where none runs yet) included.
 
     Raises:
         RuntimeError: grading workers cannot be started.

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .arithmetic import Problem, WarmStart, prompt_messages, sample_problems, warm_start
 from .generation import GenerationRequest
-from .reports import markdown_table
+from .tables import markdown_table
 
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -28,9 +28,10 @@ class TinyArguments:
 
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm-started models are kept."})
     num_operations: int = field(default=5, metadata={"help": "Operations per problem."})
+    max_start: int = field(default=99, metadata={"help": "Largest number that a chain starts from."})
     noise: float = field(default=0.15, metadata={"help": "Probability that the teacher writes a wrong result."})
-    warm_start_steps: int = field(default=1500, metadata={"help": "Optimizer steps of the warm start."})
-    warm_start_batch_size: int = field(default=64, metadata={"help": "Solutions per step of the warm start."})
+    warm_start_steps: int = field(default=1600, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_batch_size: int = field(default=32, metadata={"help": "Solutions per step of the warm start."})
     num_train_problems: int = field(default=4000, metadata={"help": "Problems to train on."})
     num_eval_problems: int = field(default=200, metadata={"help": "Held-out problems."})
     num_eval_samples: int = field(default=4, metadata={"help": "Samples per held-out problem."})
@@ -61,7 +62,10 @@ class HeldOutResult:
 def exact_answer_reward(completions: Sequence, answer: Sequence[str], **kwargs) -> list[float]:
     """1.0 where the completion closes its thinking and boxes the answer, else 0.0 (a TRL reward function)."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(text.endswith(f"</think>\\boxed{{{a}}}")) for text, a in zip(texts, answer, strict=True)]
+    return [
+        float(text.count("</think>") == 1 and text.endswith(f"\\boxed{{{a}}}"))
+        for text, a in zip(texts, answer, strict=True)
+    ]
 
 
 def to_dataset(problems: Sequence[Problem]) -> Dataset:
@@ -70,19 +74,21 @@ def to_dataset(problems: Sequence[Problem]) -> Dataset:
 
 
 def prepare(
-    args: TinyArguments, recheck: float = 0.0
+    args: TinyArguments, recheck: float = 0.0, restate: bool = False
 ) -> tuple[Path, PreTrainedTokenizerFast, list[Problem], list[Problem]]:
     """The warm-started model's folder, its tokenizer, training problems and held-out problems.
 
     The warm start runs on one rank, the others wait.
     """
-    held_out = sample_problems(args.num_eval_problems, HELD_OUT_SEED, args.num_operations)
+    held_out = sample_problems(args.num_eval_problems, HELD_OUT_SEED, args.num_operations, args.max_start)
     texts = {problem.text for problem in held_out}
-    training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, exclude=texts)
+    training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, args.max_start, exclude=texts)
     settings = WarmStart(
         noise=args.noise,
         recheck=recheck,
+        restate=restate,
         num_operations=args.num_operations,
+        max_start=args.max_start,
         steps=args.warm_start_steps,
         batch_size=args.warm_start_batch_size,
     )

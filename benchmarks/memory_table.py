@@ -11,7 +11,7 @@ from dataclasses import replace
 from transformers import Qwen2Config, Qwen3Config
 
 from attn_trainers.memory import DEVICE_OVERHEAD, GIB, ModelShape, Sharding, TrainingSetup, estimate_memory
-from attn_trainers.reports import markdown_table
+from attn_trainers.tables import markdown_table
 
 
 # Memory that the driver reports, in GiB, of cards sold as 24, 40, 48, 80 and 141 GB.

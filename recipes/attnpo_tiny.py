@@ -30,7 +30,8 @@ from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.evaluation_sampling import SampleRequest, SamplingSettings, sample_with_transformers
 from attn_trainers.hub import CardNotes, public_command, publish
 from attn_trainers.launch import HAS_CUDA
-from attn_trainers.reports import markdown_table, plot_curves
+from attn_trainers.reports import plot_curves
+from attn_trainers.tables import markdown_table
 from attn_trainers.tiny import (
     HeldOutResult,
     Stopwatch,
@@ -49,11 +50,12 @@ class Arguments(TinyArguments):
     """The task and what is compared."""
 
     num_operations: int = field(default=3, metadata={"help": "Operations per problem."})
+    max_start: int = field(default=29, metadata={"help": "Largest number that a chain starts from."})
     noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
     recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
-    warm_start_steps: int = field(default=900, metadata={"help": "Optimizer steps of the warm start."})
-    warm_start_batch_size: int = field(default=64, metadata={"help": "Solutions per step of the warm start."})
-    num_probed: int = field(default=400, metadata={"help": "Problems on which the heads are found."})
+    restate: bool = field(default=True, metadata={"help": "Whether the answer repeats the steps without re-checks."})
+    warm_start_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the warm start."})
+    num_probed: int = field(default=1000, metadata={"help": "Problems on which the heads are found."})
     num_eval_samples: int = field(default=2, metadata={"help": "Samples per held-out problem."})
     compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
 
@@ -158,7 +160,7 @@ def main(tiny: Arguments, args: Recipe) -> None:
     if tiny.compare and args.use_vllm:
         raise ValueError("compare=True trains twice in one process, which one vLLM engine cannot serve; set it False.")
     watch = Stopwatch()
-    model, tokenizer, training, held_out = prepare(tiny, tiny.recheck)
+    model, tokenizer, training, held_out = prepare(tiny, tiny.recheck, tiny.restate)
     watch.lap("warm start")
     folder = Path(args.output_dir)
     heads_line = "Heads as given."
@@ -212,7 +214,7 @@ def report(
     details = {"heads": heads_line, "seconds": seconds, "log_history": histories}
     details |= {"results": {name: asdict(result) for name, result in results.items()}}
     write_results(folder, title, header, rows, details)
-    plot_curves(histories["AttnPO"], PANELS, folder / "curves.png", "AttnPO on arithmetic with re-checks")
+    plot_curves(histories, PANELS, folder / "curves.png", "AttnPO on arithmetic with re-checks")
     print(f"{sum(seconds.values()):.0f} s in all. Tables and pictures: {folder}")
 
 

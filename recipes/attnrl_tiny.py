@@ -17,7 +17,8 @@ from trl import TrlParser
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.hub import CardNotes, public_command, publish
 from attn_trainers.launch import HAS_CUDA
-from attn_trainers.reports import markdown_table, plot_curves, plot_trees
+from attn_trainers.reports import plot_curves, plot_trees
+from attn_trainers.tables import markdown_table
 from attn_trainers.tiny import (
     Stopwatch,
     TinyArguments,
@@ -41,7 +42,7 @@ class Recipe(AttnRLConfig):
     per_device_train_batch_size: int = 60
     gradient_accumulation_steps: int = 4
     generation_batch_size: int | None = 480
-    max_steps: int = 200
+    max_steps: int = 100
     max_completion_length: int | None = 48
     min_branch_spacing: int = 0  # a step is 7 tokens long
     influence_delta: int = 2  # a solution has 6 steps
@@ -112,7 +113,9 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     }
     folder = Path(trainer.args.output_dir)
     write_results(folder, title, header, rows, details)
-    plot_curves(trainer.state.log_history, PANELS, folder / "curves.png", "AttnRL on multi-step arithmetic")
+    plot_curves(
+        {"AttnRL": trainer.state.log_history}, PANELS, folder / "curves.png", "AttnRL on multi-step arithmetic"
+    )
     branched = [p for p in trainer.last_prompts if any(r.branches for r in p.rollouts)]
     if branched:
         prompt = max(branched, key=lambda p: len({c.reward for r in p.rollouts for c in r.branches}))

@@ -8,7 +8,9 @@ data file has a `problem` and an `answer` (a text, or a list of accepted ones) p
 amc23 and 4 for the others, as in the AttnRL paper; `--num_samples` sets it for all. A run that was cut off goes on
 where it stopped.
 
-    python recipes/evaluate.py --compare runs/evaluation/base runs/evaluation/attnrl
+    python recipes/evaluate.py --compare runs/evaluation/base runs/evaluation/attnrl --output runs/evaluation
+
+compares two runs and leaves `comparison.md` in the output folder.
 
 With `--write_card true` the table and the command go into the card of a model in a local folder.
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from attn_trainers.evaluation import comparison_table, markdown_table
+from attn_trainers.evaluation import comparison_table, summary_table
 from attn_trainers.evaluation_run import EvaluationArguments, compare_runs, evaluate
 from attn_trainers.hub import public_command, write_evaluation
 
@@ -35,11 +37,15 @@ class Arguments(EvaluationArguments):
 def main(args: Arguments) -> None:
     """Evaluate, or compare two evaluations, and print the table."""
     if args.compare:
-        print(comparison_table(compare_runs(*args.compare)))
+        table = comparison_table(compare_runs(*args.compare))
+        path = Path(args.output) / "comparison.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"First: {args.compare[0]}, second: {args.compare[1]}\n\n{table}")
+        print(f"{table}\nSaved to {path}.")
         return
     summaries = evaluate(args)
     if args.write_card:
-        write_evaluation(args.model, markdown_table(summaries), public_command("python"))
+        write_evaluation(args.model, summary_table(summaries), public_command("python"))
     print((Path(args.output) / "report.md").read_text())
 
 

@@ -38,8 +38,8 @@ from attn_trainers.inspection import (
 )
 from attn_trainers.inspection_page import STATISTIC_HEADER, page, plot_couplings, plot_response, statistic_rows
 from attn_trainers.launch import prompt_for
-from attn_trainers.reports import markdown_table
 from attn_trainers.rewards import math_accuracy
+from attn_trainers.tables import markdown_table
 from attn_trainers.tiny import HELD_OUT_SEED, TinyArguments, prepare
 
 

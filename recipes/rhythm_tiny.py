@@ -6,7 +6,8 @@ A noisy teacher warm-starts a small Qwen2 (cached in `--cache_dir`); every arm t
 same order and is evaluated on held-out problems. Runs follow one another in one process and sample with transformers,
 since a vLLM engine would take longer to start than a run takes. Each finished run is a line in `results.jsonl`; what
 is there is not run again, so that the comparison can be cut off (`--max_minutes`) and gone on with. `results.md` and
-`results.png` hold the table and the picture.
+`results.png` hold the table and the picture. The model of the best run of all is left in the output folder with its
+card, and pushed with `--push_to_hub`.
 
     python recipes/rhythm_tiny.py --arms none random coupled --seeds 0 1 2 3 4 --learning_rate 1e-4
 """
@@ -23,8 +24,9 @@ from transformers import PrinterCallback
 from trl import TrlParser
 
 from attn_trainers import RhythmConfig, RhythmTrainer
+from attn_trainers.hub import CardNotes, public_command, publish
 from attn_trainers.launch import HAS_CUDA
-from attn_trainers.reports import markdown_table
+from attn_trainers.tables import markdown_table
 from attn_trainers.tiny import TinyArguments, evaluate_held_out, exact_answer_reward, prepare, to_dataset
 
 
@@ -91,8 +93,8 @@ class Recipe(RhythmConfig):
     report_to: None | str | list[str] = "none"
 
 
-def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> dict:
-    """Train and evaluate one arm with one seed."""
+def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> tuple[dict, RhythmTrainer]:
+    """Train and evaluate one arm with one seed: the run's line and its trainer."""
     folder, tokenizer, training, held_out = task
     start = time.perf_counter()
     # Fields that an arm's preset decides are free again; sizes that were derived from others are kept.
@@ -107,7 +109,7 @@ def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> d
     seconds = time.perf_counter() - start
     result = evaluate_held_out(trainer, held_out, script.num_eval_samples)
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
-    return {
+    record = {
         "arm": arm,
         "seed": seed,
         "accuracy": result.accuracy,
@@ -118,6 +120,7 @@ def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> d
         "seconds": seconds,
         "settings": {name: getattr(args, name) for name in ("learning_rate", "max_steps", "num_generations")},
     }
+    return record, trainer
 
 
 def warm_accuracy(script: Comparison, args: Recipe, task: tuple) -> float:
@@ -144,8 +147,8 @@ def difference(records: dict, arm: str, other: str) -> str:
     return mean_and_error([records[arm][s]["accuracy"] - records[other][s]["accuracy"] for s in seeds])
 
 
-def report(folder: Path, script: Comparison, before: float) -> None:
-    """Write `results.md` and `results.png` from the lines of `results.jsonl`."""
+def report(folder: Path, script: Comparison, before: float) -> str:
+    """Write `results.md` and `results.png` from the lines of `results.jsonl`, and return the table."""
     records: dict[str, dict[int, dict]] = {}
     for line in (folder / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -167,6 +170,7 @@ def report(folder: Path, script: Comparison, before: float) -> None:
     (folder / "results.md").write_text(f"{title}\n\n{table}\n")
     print(f"{title}\n{table}")
     plot(records, before, folder / "results.png")
+    return table
 
 
 def plot(records: dict[str, dict[int, dict]], before: float, path: Path) -> None:
@@ -205,21 +209,25 @@ def main(script: Comparison, args: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "results.jsonl"
     lines.touch()
-    done = {(r["arm"], r["seed"]) for r in map(json.loads, lines.read_text().splitlines())}
+    earlier = [json.loads(line) for line in lines.read_text().splitlines()]
+    done = {(r["arm"], r["seed"]) for r in earlier}
+    best, chosen = max((r["accuracy"] for r in earlier), default=-1.0), None
     task = prepare(script)
     before = warm_accuracy(script, args, task)
-    for seed in script.seeds:  # all arms of a seed first: a comparison that is cut off still compares
-        for arm in script.arms:
-            if (arm, seed) in done:
-                continue
-            if script.max_minutes and time.monotonic() - start > 60 * script.max_minutes:
-                logger.info("Time is up; launch again to go on.")
-                return report(folder, script, before)
-            record = run(arm, seed, script, args, task)
-            with lines.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            logger.info("%s, seed %d: %.1f %% in %.0f s", arm, seed, 100 * record["accuracy"], record["seconds"])
-    report(folder, script, before)
+    # All arms of a seed first: a comparison that is cut off still compares.
+    for arm, seed in [(arm, seed) for seed in script.seeds for arm in script.arms if (arm, seed) not in done]:
+        if script.max_minutes and time.monotonic() - start > 60 * script.max_minutes:
+            logger.info("Time is up; launch again to go on.")
+            break
+        record, trainer = run(arm, seed, script, args, task)
+        with lines.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        logger.info("%s, seed %d: %.1f %% in %.0f s", arm, seed, 100 * record["accuracy"], record["seconds"])
+        if record["accuracy"] > best:
+            best, chosen = record["accuracy"], trainer
+    table = report(folder, script, before)
+    if chosen is not None:
+        publish(chosen, CardNotes("multi-step arithmetic made on the spot", table, public_command()))
 
 
 if __name__ == "__main__":

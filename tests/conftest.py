@@ -51,6 +51,27 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def build_sharp_model(tmp_path_factory, tiny_tokenizer):
+    """Saves a random Qwen2 whose attention differs between tokens and heads, with its tokenizer."""
+    import torch
+
+    from attn_trainers.arithmetic import build_model
+
+    def build(hidden_size: int, num_layers: int, sharpness: float = 12.0) -> Path:
+        folder = tmp_path_factory.mktemp("sharp-model")
+        torch.manual_seed(0)
+        model = build_model(tiny_tokenizer, hidden_size, num_layers)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.mul_(sharpness)
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def arithmetic_dataset():
     """24 problems with conversational prompts and answers."""
     from attn_trainers.arithmetic import sample_problems

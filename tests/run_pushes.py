@@ -75,6 +75,12 @@ class Hub(BaseHTTPRequestHandler):
         self.answer({}, 200 if hashlib.sha256(content).hexdigest() == oid else 400)
 
     def do_GET(self):
+        if match := re.fullmatch(r"/api/models/(.+)/revision/[^/]+", unquote(self.path).partition("?")[0]):
+            siblings = [{"rfilename": name} for name in self.files[match[1]]]
+            return self.answer({"id": match[1], "sha": COMMIT, "siblings": siblings})
+        if match := re.fullmatch(r"/api/models/(.+)/tree/[^/]+", unquote(self.path).partition("?")[0]):
+            files = self.files[match[1]].items()
+            return self.answer([{"type": "file", "path": p, "size": len(c), "oid": COMMIT} for p, c in files])
         match = re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", unquote(self.path).partition("?")[0])
         content = self.files.get(match[1], {}).get(match[2]) if match else None
         if content is None:
@@ -180,6 +186,20 @@ def main(root: Path, folder: Path) -> None:
         "all-linear",
     ]
     result["adapter_launch"] = launch(recipes / "rhythm_4b.py", *adapter)
+
+    tiny = f"--cache_dir {folder}/cache --warm_start_steps 2 --num_operations 2 --num_train_problems 24"
+    tiny += " --num_eval_problems 4 --arms coupled --seeds 0 --max_steps 1 --per_device_train_batch_size 16"
+    tiny += f" --push_to_hub --hub_model_id me/arm --output_dir {folder}/arm"
+    result["tiny_launch"] = launch(recipes / "rhythm_tiny.py", *tiny.split())
+
+    evaluation = f"--model me/full --revision main --data {data} --output {folder}/evaluation --num_samples 2"
+    evaluation += " --max_new_tokens 4 --backend transformers"
+    result["evaluation_launch"] = launch(recipes / "evaluate.py", *evaluation.split())
+    result["evaluated"] = len((folder / "evaluation" / "problems.jsonl").read_text().splitlines())
+    result["evaluated_revision"] = json.loads((folder / "evaluation" / "settings.json").read_text())["revision"]
+    comparison = f"--compare {folder}/evaluation {folder}/evaluation --output {folder}/compared"
+    result["comparison_launch"] = launch(recipes / "evaluate.py", *comparison.split())
+    result["comparison"] = (folder / "compared" / "comparison.md").read_text()
 
     result["files"] = {repository: sorted(files) for repository, files in Hub.files.items()}
     result["cards"] = {repository: files["README.md"].decode() for repository, files in Hub.files.items()}

@@ -19,10 +19,10 @@ from attn_trainers.evaluation import (
     CompletionRecord,
     default_num_samples,
     estimate,
-    markdown_table,
     paired_bootstrap,
     pass_at_k,
     summarize,
+    summary_table,
 )
 from attn_trainers.evaluation_mixin import EvaluationMixin
 from attn_trainers.evaluation_run import EvaluationArguments, compare_runs, evaluate, read_records
@@ -115,9 +115,10 @@ def test_summary_of_known_records():
     assert (summary.mean_tokens.value, summary.median_tokens) == (40, 25)
     assert (summary.mean_thinking_tokens.value, summary.median_thinking_tokens) == (20, 12.5)
     assert summary.truncated == 0.5
-    lines = markdown_table([summary, replace(summary, name="more")]).splitlines()
-    assert lines[2].startswith("| sums | 2 | 2 | 25.0 ± 17.")
-    assert lines[-1].startswith("| mean |  |  | 25.0 ± 12.")
+    rows = summary_table([summary, replace(summary, name="more")]).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[2][:3] == ["sums", "2", "2"] and cells[2][3].startswith("25.0 ± 17.")
+    assert cells[-1][:3] == ["mean", "", ""] and cells[-1][3].startswith("25.0 ± 12.")
     with pytest.raises(ValueError, match=r"\[1, 2\] samples"):
         summarize("sums", records[:3])
     with pytest.raises(ValueError, match="sample 0 twice"):
@@ -275,14 +276,20 @@ class EvaluatingTrainer(EvaluationMixin, GRPOTrainer):
 
 @pytest.mark.slow
 def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
-    seen = {"train": [], "eval": []}
+    seen, thinking = {"train": [], "eval": []}, []
+    tokenizer = load_tokenizer(model)
+    end = tokenizer.convert_tokens_to_ids("</think>")
 
-    def odd_sum(completion_ids, trainer_state, **kwargs):
+    def odd_sum(prompts, completion_ids, trainer_state, **kwargs):
         rewards = [float(sum(ids) % 2) for ids in completion_ids]
         seen["train" if trainer.model.training else "eval"].extend(rewards)
+        if not trainer.model.training:
+            for prompt, ids in zip(prompts, completion_ids, strict=True):
+                closed = ids.index(end) + 1 if end in ids else len(ids)
+                thinking.append(closed if prompt.endswith("<think>") or end in ids else 0)
         return rewards
 
-    data = Dataset.from_dict({"prompt": [f"{i}+{i}?" for i in range(8)]})
+    data = Dataset.from_dict({"prompt": [f"{i}+{i}?" + "<think>" * (i % 2) for i in range(8)]})
     config = GRPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -304,7 +311,7 @@ def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
         args=config,
         train_dataset=data,
         eval_dataset=data,
-        processing_class=load_tokenizer(model),
+        processing_class=tokenizer,
     )
     trainer.train()
     logs = next(entry for entry in trainer.state.log_history if "eval_pass@1" in entry)
@@ -313,4 +320,6 @@ def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
     assert logs["eval_pass@1"] == pytest.approx(sum(map(sum, pairs)) / 16)
     assert logs["eval_pass@2"] == pytest.approx(sum(map(any, pairs)) / 8)
     assert 0 < logs["eval_pass@1"] < logs["eval_pass@2"]
+    assert logs["eval_completions/mean_thinking_length"] == pytest.approx(sum(thinking) / 16)
+    assert sum(thinking) > 0
     assert not any(key.startswith("pass@") for entry in trainer.state.log_history for key in entry)

@@ -1,6 +1,7 @@
 """Cards of all trainers, and pushes of recipes to a Hub on loopback."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,12 +154,17 @@ def test_last_evaluation_of_the_log():
     log = [
         {"loss": 0.1},
         {"eval_aime_reward": 0.25, "eval_aime_pass@4": 0.5, "eval_aime_runtime": 3.0},
-        {"eval_aime_reward": 0.5, "eval_math_reward": 1.0},
+        {"eval_aime_reward": 0.5, "eval_math_reward": 1.0, "eval_math_completions/mean_thinking_length": 7.5},
     ]
     header, _, aime, math = evaluation_table(log).splitlines()
-    assert [cell.strip() for cell in header.strip("|").split("|")] == ["data", "pass@4", "reward"]
-    assert [cell.strip() for cell in aime.strip("|").split("|")] == ["aime", "0.5", "0.5"]
-    assert [cell.strip() for cell in math.strip("|").split("|")] == ["math", "", "1"]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "data",
+        "completions/mean_thinking_length",
+        "pass@4",
+        "reward",
+    ]
+    assert [cell.strip() for cell in aime.strip("|").split("|")] == ["aime", "", "0.5", "0.5"]
+    assert [cell.strip() for cell in math.strip("|").split("|")] == ["math", "7.5", "", "1"]
     assert evaluation_table([{"loss": 0.1}]) is None
 
 
@@ -178,13 +184,20 @@ def test_recipes_push_what_they_trained(tmp_path):
     # A Hub that takes nothing leaves a whole checkpoint and says how to upload later; the same command then pushes.
     assert "storage quota exceeded" in result["refusal"] and "hf upload me/full" in result["refusal"]
     assert (result["arrived_while_refused"], result["checkpoint_after_refusal"]) == (0, "checkpoint-2")
-    assert (result["second_launch"], result["adapter_launch"]) == (None, None)
+    launches = ("second_launch", "adapter_launch", "tiny_launch", "evaluation_launch", "comparison_launch")
+    assert [result[name] for name in launches] == [None] * 5
     assert table(result["cards"]["me/full"])["updates"] == "`2`"
 
     tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "training_args.bin"]
     full = ["README.md", "config.json", "generation_config.json", "model.safetensors", *tokenizer]
     adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors", *tokenizer]
-    assert result["files"] == {"me/full": sorted(full), "me/adapter": sorted(adapter)}
+    assert result["files"] == {
+        "me/full": sorted(full),
+        "me/adapter": sorted(adapter),
+        "me/arm": sorted([*full, "results.jsonl", "results.md", "results.png"]),
+    }
     assert (result["full_tensors"], result["adapter_tensors"]) == (27, 28)  # 2 layers; 7 linear maps each, A and B
     assert 1 <= result["full_tokens"] <= 8
     assert result["authorization"] == ["Bearer hf_secret"] and not result["secret_pushed"]
+    assert (result["evaluated"], result["evaluated_revision"]) == (16, "main")
+    assert re.search(r"\| problems +\| pass@1 % +\|", result["comparison"])

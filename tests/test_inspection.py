@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from attn_trainers.arithmetic import build_model, build_tokenizer, sample_problems
+from attn_trainers.arithmetic import build_tokenizer, sample_problems
 from attn_trainers.attention import forward_context_influence, key_focus_scores, rhythm_signals
 from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.attnrl.steps import StepDelimiters
@@ -43,16 +43,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("inspected")
-    torch.manual_seed(0)
-    model = build_model(tokenizer, hidden_size=128, num_layers=3)
-    with torch.no_grad():
-        for layer in model.model.layers:  # attention that differs between tokens and heads
-            layer.self_attn.q_proj.weight.mul_(12.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def model_dir(build_sharp_model) -> Path:
+    return build_sharp_model(hidden_size=128, num_layers=3)
 
 
 @pytest.fixture(scope="module")

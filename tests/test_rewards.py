@@ -365,6 +365,20 @@ def test_a_forked_child_has_workers_of_its_own():
     assert [worker.process.pid for worker in shared_pool().workers] == before
 
 
+def test_a_worker_that_takes_too_long_to_start_is_not_waited_for(pool, monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text("import time; time.sleep(3600)")
+    monkeypatch.setattr(grading, "_WORKER", str(script))
+    assert pool.grade([EASY], timeout=0.5, within=0.6) == [TIMEOUT]
+
+
+def test_a_busy_pool_is_not_waited_for(pool):
+    with pool._lock:  # another thread grades a batch
+        assert pool.grade([EASY], timeout=5.0, within=8.0) == [RIGHT]
+        assert pool.grade([ENDLESS], timeout=1.0, within=8.0) == [TIMEOUT]
+    assert pool.workers == []
+
+
 def test_workers_that_cannot_start_are_an_error(pool, monkeypatch, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text("raise ImportError('no grader here')")

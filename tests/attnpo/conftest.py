@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from attn_trainers.arithmetic import Problem, build_model, build_tokenizer, prompt_messages, sample_problems
 
@@ -64,14 +65,14 @@ def dataset(problems) -> Dataset:
     return Dataset.from_list([{"prompt": prompt_messages(p), "answer": p.answer} for p in problems])
 
 
+@pytest.fixture(scope="session")
+def sharp_model_dir(build_sharp_model):
+    return build_sharp_model(hidden_size=64, num_layers=2, sharpness=16.0)
+
+
 @pytest.fixture
-def model(tokenizer):
-    torch.manual_seed(0)
-    model = build_model(tokenizer, hidden_size=64, num_layers=2)
-    with torch.no_grad():
-        for layer in model.model.layers:  # attention that differs between steps
-            layer.self_attn.q_proj.weight.mul_(8.0)
-    return model
+def model(sharp_model_dir):
+    return AutoModelForCausalLM.from_pretrained(sharp_model_dir).train()
 
 
 @pytest.fixture(scope="session")

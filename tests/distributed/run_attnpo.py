@@ -5,9 +5,9 @@ The completions are given, or sampled by vLLM; all that follows is the trainer's
 
 import json
 import random
-import sys
 from pathlib import Path
 
+from common import SETTINGS, history, odd_sum, run, train_and_save
 from transformers import PreTrainedTokenizerFast
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
@@ -40,33 +40,19 @@ class GivenCompletions(AttnPOTrainer):
         return completions, None
 
 
-def odd_sum(completions, completion_ids, **kwargs):
-    """Right and wrong completions in about equal shares, whatever the model writes."""
-    return [float(sum(ids) % 2) for ids in completion_ids]
-
-
 def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
     args = AttnPOConfig(
+        **SETTINGS,
         output_dir=str(Path(output).parent / "out"),
         heads=[[0, 0], [1, 1]],
         step_mode="paragraphs",
         schedule_fraction=0.5,
         per_device_train_batch_size=ROWS // 2 // num_ranks,
-        gradient_accumulation_steps=2,
         num_generations=GROUP,
         max_steps=2,
-        optim="sgd",  # its step is linear in the gradient, so that equal gradients give equal weights
         learning_rate=0.5,
-        weight_decay=0.0,
         max_completion_length=24 if use_vllm else 128,
         use_vllm=use_vllm,
-        vllm_max_model_length=128,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
     )
     problems = sample_problems(24, seed=0, num_operations=3)
     settings = {
@@ -78,22 +64,10 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
         trainer = AttnPOTrainer(model_dir, odd_sum, **settings)
     else:
         trainer = GivenCompletions(model_dir, exact_answer_reward, problems=problems, **settings)
-    trainer.train()
-    assert trainer.accelerator.num_processes == num_ranks
-    trainer.save_model(str(Path(output).with_suffix("")))
+    train_and_save(trainer, output, num_ranks)
     if trainer.accelerator.is_main_process:
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        kept = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
-        history = [
-            {
-                name: value
-                for name, value in entry.items()
-                if name in kept or (name.startswith("attnpo/") and "seconds" not in name)
-            }
-            for entry in history
-        ]
-        Path(output).write_text(json.dumps(history))
+        Path(output).write_text(json.dumps(history(trainer, "attnpo/")))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "vllm")
+    run(main)

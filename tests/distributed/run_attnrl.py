@@ -2,10 +2,10 @@
 ranks."""
 
 import json
-import sys
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from common import SETTINGS, history, odd_sum, run, train_and_save
 from transformers import PreTrainedTokenizerFast
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
@@ -14,11 +14,6 @@ from attn_trainers.tiny import to_dataset
 
 
 ROWS_PER_MICRO_BATCH = 12
-
-
-def odd_sum(completions, completion_ids, **kwargs):
-    """Right and wrong completions in about equal shares, whatever the model writes."""
-    return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 class RecordingTrainer(AttnRLTrainer):
@@ -43,14 +38,13 @@ class RecordingTrainer(AttnRLTrainer):
 
 def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
     args = AttnRLConfig(
+        **SETTINGS,
         output_dir=str(Path(output).parent / "out"),
         per_device_train_batch_size=ROWS_PER_MICRO_BATCH // num_ranks,
         steps_per_generation=4,
-        gradient_accumulation_steps=2,
         num_rollouts=4,
         rollouts_per_branch=1,
         max_steps=6,
-        optim="sgd",  # its step is linear in the gradient, so that equal gradients give equal weights
         learning_rate=0.1,
         max_grad_norm=100.0,  # the backends clip with different small constants
         epsilon=10.0,  # no ratio is clipped: a token on the edge would turn rounding into a jump
@@ -61,13 +55,6 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
         influence_delta=1,
         seeded_sampling=True,
         use_vllm=use_vllm,
-        vllm_max_model_length=128,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
     )
     trainer = RecordingTrainer(
         model_dir,
@@ -76,10 +63,8 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
         train_dataset=to_dataset(sample_problems(24, seed=0)),
         processing_class=PreTrainedTokenizerFast.from_pretrained(model_dir),
     )
-    trainer.train()
-    assert trainer.accelerator.num_processes == num_ranks
+    train_and_save(trainer, output, num_ranks)
     work = gather_object([[trainer.forwards, trainer.losses]])
-    trainer.save_model(str(Path(output).with_suffix("")))
     if trainer.accelerator.is_main_process:
         batches = [
             [
@@ -92,16 +77,9 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
             for prompts in trainer.batches
         ]
         state = trainer.pipeline_state()
-        names = (
-            "loss",
-            "grad_norm",
-            "attnrl/rows_trained",
-            "attnrl/reward_mc",
-            "sampling/sampling_logp_difference/mean",
-        )
-        history = [{name: entry.get(name) for name in names} for entry in trainer.state.log_history if "loss" in entry]
-        Path(output).write_text(json.dumps({"batches": batches, "state": state, "history": history, "work": work}))
+        seen = {"batches": batches, "state": state, "history": history(trainer, "attnrl/"), "work": work}
+        Path(output).write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "vllm")
+    run(main)

@@ -6,10 +6,10 @@ second batch, so the first has credit factors alone, the second reads attention 
 
 import json
 import random
-import sys
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from common import SETTINGS, history, odd_sum, run, train_and_save
 from transformers import PreTrainedTokenizerFast
 
 from attn_trainers import RhythmConfig, RhythmTrainer
@@ -54,34 +54,20 @@ class GivenCompletions(RecordedTrainer):
         return completions, None
 
 
-def odd_sum(completions, completion_ids, **kwargs):
-    """Right and wrong completions in about equal shares, whatever the model writes."""
-    return [float(sum(ids) % 2) for ids in completion_ids]
-
-
 def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
     args = RhythmConfig(
+        **SETTINGS,
         output_dir=str(Path(output).parent / "out"),
         scheme="coupled",
         rhythm_lambda=0.1,
         reward_mode="token",
         calibration_responses=ROWS + 1,
         per_device_train_batch_size=ROWS // 2 // num_ranks,
-        gradient_accumulation_steps=2,
         num_generations=GROUP,
         max_steps=3,
-        optim="sgd",  # its step is linear in the gradient, so that equal gradients give equal weights
         learning_rate=0.5,
-        weight_decay=0.0,
         max_completion_length=40,
         use_vllm=use_vllm,
-        vllm_max_model_length=128,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
     )
     trainer_class = RecordedTrainer if use_vllm else GivenCompletions
     trainer = trainer_class(
@@ -91,22 +77,11 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
         train_dataset=to_dataset(sample_problems(24, seed=0, num_operations=3)),
         processing_class=PreTrainedTokenizerFast.from_pretrained(model_dir),
     )
-    trainer.train()
-    assert trainer.accelerator.num_processes == num_ranks
-    trainer.save_model(str(Path(output).with_suffix("")))
+    train_and_save(trainer, output, num_ranks)
     if trainer.accelerator.is_main_process:
-        history = [
-            {
-                name: value
-                for name, value in entry.items()
-                if name in ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
-                or (name.startswith("rhythm/") and "seconds" not in name)
-            }
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ]
-        Path(output).write_text(json.dumps({"history": history, "batches": trainer.batches_seen}))
+        seen = {"history": history(trainer, "rhythm/"), "batches": trainer.batches_seen}
+        Path(output).write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "vllm")
+    run(main)

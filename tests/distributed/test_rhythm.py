@@ -5,21 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from attn_trainers.arithmetic import build_model, build_tokenizer
-
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, hidden_size=64, num_layers=4)
-    with torch.no_grad():
-        for layer in model.model.layers:  # attention that differs between tokens
-            layer.self_attn.q_proj.weight.mul_(12.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def model_dir(build_sharp_model) -> Path:
+    return build_sharp_model(hidden_size=64, num_layers=4)
 
 
 @pytest.fixture(scope="module")

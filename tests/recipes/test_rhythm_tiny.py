@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "rhythm_tiny.py"
 def recipe():
     spec = importlib.util.spec_from_file_location("rhythm_tiny", RECIPE)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["rhythm_tiny"] = module  # its config is pickled with the model
     spec.loader.exec_module(module)
     return module
 
@@ -40,6 +42,8 @@ def test_comparison_is_resumable_and_reports_paired_differences(recipe, tmp_path
     ]  # fmt: skip
     assert all(len(json.loads(line)["rewards"]) == 2 for line in lines)
     recipe.main(recipe.Comparison(**script, arms=["none", "coupled_v1", "random"]), args)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "model.safetensors").exists() and "coupled_v1" in card  # the table is in the card
     more = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert more[:4] == lines and [json.loads(line)["arm"] for line in more[4:]] == ["random", "random"]
     table = (tmp_path / "out" / "results.md").read_text()

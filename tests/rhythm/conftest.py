@@ -1,12 +1,11 @@
 """A RhythmTrainer on given completions: everything after the sampling is real, and what it made of a batch is kept."""
 
+import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-
-from attn_trainers.arithmetic import build_model
 
 
 def given_completion(prompt_ids: list[int], row: int, group_size: int, lengths: tuple[int, int]) -> list[int]:
@@ -21,22 +20,25 @@ def even_tokens(completions, completion_ids, **kwargs) -> list[float]:
 
 
 @pytest.fixture(scope="session")
+def key_case():
+    """WAAD and FAI of a response of 20 tokens whose credit sets and rhythm were worked out by hand."""
+    waad = [6, 3, 2, 1.5, 1, 7, 3, 2, 1, 1.2, 1, 5, 4, 2, 1.5, 1.1, 6.5, 2.5, 1.4, 1.3]
+    fai = [0.05, 0.30, 0.04, 0.03, 0.02, 0.06, 0.40, 0.05, 0.04, 0.03, 0.02, 0.35, 0.07, 0.06, 0.05, 0.04, 0.03, 0.25]
+
+    def make(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(waad, dtype=dtype), torch.tensor([*fai, math.nan, math.nan], dtype=dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def reward():
     return even_tokens
 
 
 @pytest.fixture(scope="session")
-def sharp_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A random Qwen2 of 4 layers whose attention differs between tokens and heads."""
-    folder = tmp_path_factory.mktemp("sharp-model")
-    torch.manual_seed(0)
-    model = build_model(tiny_tokenizer, hidden_size=128, num_layers=4)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(12.0)
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def sharp_model_dir(build_sharp_model) -> Path:
+    return build_sharp_model(hidden_size=128, num_layers=4)
 
 
 @pytest.fixture

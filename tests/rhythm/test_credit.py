@@ -22,29 +22,6 @@ from attn_trainers.rhythm.credit import (
 
 
 NAN = math.nan
-WAAD = [6, 3, 2, 1.5, 1, 7, 3, 2, 1, 1.2, 1, 5, 4, 2, 1.5, 1.1, 6.5, 2.5, 1.4, 1.3]
-FAI = [
-    0.05,
-    0.30,
-    0.04,
-    0.03,
-    0.02,
-    0.06,
-    0.40,
-    0.05,
-    0.04,
-    0.03,
-    0.02,
-    0.35,
-    0.07,
-    0.06,
-    0.05,
-    0.04,
-    0.03,
-    0.25,
-    NAN,
-    NAN,
-]
 DTYPES = [torch.float32, torch.float64]
 
 # Few distinct values, so that ties abound; NaN in FAI as at a response's end.
@@ -55,10 +32,6 @@ signals = st.lists(st.tuples(signal_values, st.one_of(signal_values, st.just(NAN
 def as_tensors(pairs):
     waad, fai = zip(*pairs, strict=True)
     return torch.tensor(waad, dtype=torch.float64), torch.tensor(fai, dtype=torch.float64)
-
-
-def key_case(dtype=torch.float64):
-    return torch.tensor(WAAD, dtype=dtype), torch.tensor(FAI, dtype=dtype)
 
 
 def indices(mask):
@@ -73,7 +46,7 @@ def factors_from(n, values):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_key_case(dtype):
+def test_key_case(key_case, dtype):
     waad, fai = key_case(dtype)
     sets = credit_sets(waad, fai)
     assert indices(sets.preplan) == [0, 4, 5, 10, 12, 15, 16, 17]
@@ -87,7 +60,7 @@ def test_key_case(dtype):
     assert credit_factors(waad, fai, "global").tolist() == factors_from(20, dict.fromkeys(indices(sets.anchors), 1.5))
 
 
-def test_key_case_thresholds():
+def test_key_case_thresholds(key_case):
     waad, _ = key_case()
     assert torch.quantile(waad, 0.5).item() == 2.0
     assert torch.quantile(waad_delta(waad), CreditOptions().tau_delta_level).item() == pytest.approx(1.04, abs=1e-12)
@@ -196,7 +169,7 @@ def test_intro_mode_and_delta_mode_change_the_choice():
     assert indices(credit_sets(waad, fai, CreditOptions(delta_mode="drop")).intro) == [2]
 
 
-def test_thresholds_are_quantile_levels():
+def test_thresholds_are_quantile_levels(key_case):
     waad, fai = key_case()
     assert indices(credit_sets(waad, fai, CreditOptions(tau_delta=0.5)).dominated) == [13]
     # Everything passes the WAAD test; the Delta test still needs a recent change of at least 1.04.
@@ -216,7 +189,7 @@ def test_bottom_schemes_select_the_lowest():
     assert credit_factors(waad, fai, "coupled_bottom", alpha=0.0).tolist() == [1.0, 1.5, 1.0, 1.0, 1.5]
 
 
-def test_random_scheme_is_uniform_and_leaves_the_global_generator_alone():
+def test_random_scheme_is_uniform_and_leaves_the_global_generator_alone(key_case):
     waad, fai = key_case()
     state = torch.get_rng_state()
     generator = torch.Generator().manual_seed(3)
@@ -229,12 +202,12 @@ def test_random_scheme_is_uniform_and_leaves_the_global_generator_alone():
     assert torch.equal(credit_factors(waad, fai, "random", generator=generator), draws[0])
 
 
-def test_whole_response_selected_amplifies_all_defined_tokens():
+def test_whole_response_selected_amplifies_all_defined_tokens(key_case):
     waad, fai = key_case()
     assert credit_factors(waad, fai, "global", top_fraction=1.0).tolist() == [1.5] * 18 + [1.0, 1.0]
 
 
-def test_renorm_divides_by_the_mean():
+def test_renorm_divides_by_the_mean(key_case):
     waad, fai = key_case()
     plain, renormed = credit_factors(waad, fai, "global"), credit_factors(waad, fai, "global", renorm="mean1")
     assert renormed.mean().item() == pytest.approx(1.0, abs=1e-12)
@@ -252,7 +225,7 @@ def test_no_anchor_is_defined():
     assert credit_factors(waad, torch.full((4,), NAN), "coupled").tolist() == [1.0] * 4
 
 
-def test_factors_carry_no_gradient():
+def test_factors_carry_no_gradient(key_case):
     waad, fai = key_case()
     assert not credit_factors(waad.requires_grad_(), fai.requires_grad_(), "coupled").requires_grad
 
@@ -269,7 +242,7 @@ def test_sign():
     assert apply_sign(factors[0], -0.5, CreditOptions.from_preset("paper_v2").gamma_sign).tolist() == row
 
 
-def test_metrics_of_the_key_case():
+def test_metrics_of_the_key_case(key_case):
     waad, fai = key_case()
     metrics = credit_metrics(waad, fai, credit_factors(waad, fai, "coupled"))
     expected = {"amplified_share": 9 / 20, "mean_factor": 24.0 / 20, "dominated_share": 1 / 20, "intro_share": 1 / 20}
@@ -311,7 +284,7 @@ def test_bad_options_are_named(field, value):
         CreditOptions(**{field: value})
 
 
-def test_bad_calls_are_named():
+def test_bad_calls_are_named(key_case):
     waad, fai = key_case()
     with pytest.raises(ValueError, match="scheme is 'random_bottom'"):
         credit_factors(waad, fai, "random_bottom")

@@ -23,38 +23,11 @@ from attn_trainers.rhythm.reward import (
 
 
 NAN = math.nan
-WAAD = [6, 3, 2, 1.5, 1, 7, 3, 2, 1, 1.2, 1, 5, 4, 2, 1.5, 1.1, 6.5, 2.5, 1.4, 1.3]
-FAI = [
-    0.05,
-    0.30,
-    0.04,
-    0.03,
-    0.02,
-    0.06,
-    0.40,
-    0.05,
-    0.04,
-    0.03,
-    0.02,
-    0.35,
-    0.07,
-    0.06,
-    0.05,
-    0.04,
-    0.03,
-    0.25,
-    NAN,
-    NAN,
-]
 VALUES = RhythmRewardOptions(rank=False)
 
 signal_values = st.sampled_from([0.0, 0.2, 0.4, 0.5, 1.0])
 maybe_nan = st.one_of(signal_values, st.just(NAN))
 responses = st.lists(st.tuples(signal_values, maybe_nan, maybe_nan, maybe_nan), min_size=1, max_size=40)
-
-
-def key_case():
-    return torch.tensor(WAAD, dtype=torch.float64), torch.tensor(FAI, dtype=torch.float64)
 
 
 def by_definition(fai, breadth, concentration, starts):
@@ -80,7 +53,7 @@ def by_definition(fai, breadth, concentration, starts):
     return rewards
 
 
-def test_chunks_of_the_key_case():
+def test_chunks_of_the_key_case(key_case):
     waad, fai = key_case()
     reward = rhythm_reward(waad, fai, waad, waad)
     assert reward.chunk_starts.tolist() == [0, 5, 11, 16]
@@ -105,7 +78,7 @@ def test_unit_ranks():
     assert unit_ranks(torch.full((3,), 7.0)).tolist() == [0.5, 0.5, 0.5]
 
 
-def test_extreme_rhythms_of_the_key_case():
+def test_extreme_rhythms_of_the_key_case(key_case):
     waad, fai = key_case()  # each chunk's strongest token is an anchor within reach: Km = 1 throughout
     ones = torch.ones(20, dtype=torch.float64)
     perfect = rhythm_reward(waad, fai, ones, ones, VALUES)
@@ -121,7 +94,7 @@ def test_extreme_rhythms_of_the_key_case():
     assert rhythm_reward(waad, fai, ones, ones).mean == pytest.approx(0.2, abs=1e-12)
 
 
-def test_one_chunk_with_key_and_norms():
+def test_one_chunk_with_key_and_norms(key_case):
     waad, fai = key_case()
     breadth = torch.zeros(20, dtype=torch.float64)
     breadth[:2] = 1.0  # only the first chunk, of 5 tokens, starts broad: R = 0.2 + 0.8 - 0.6; the others -0.6 + 0
@@ -136,7 +109,7 @@ def test_one_chunk_with_key_and_norms():
         assert rhythm_reward(waad, fai, breadth, concentration, options).mean == pytest.approx(value, abs=1e-12)
 
 
-def test_line_starts():
+def test_line_starts(key_case):
     waad, fai = key_case()
     options = RhythmRewardOptions(segment="newline")
     reward = rhythm_reward(waad, fai, waad, waad, options, line_starts=torch.tensor([0, 3, 8, 10, 13, 18]))

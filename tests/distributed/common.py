@@ -1,0 +1,52 @@
+"""What the scripts share that the tests launch on one or two ranks; their folder is on the path when they run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+# A step linear in the gradient, so that equal gradients give equal weights; everything that takes time switched off.
+SETTINGS = {
+    "gradient_accumulation_steps": 2,
+    "optim": "sgd",
+    "weight_decay": 0.0,
+    "vllm_max_model_length": 128,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+}
+
+
+def odd_sum(completions, completion_ids, **kwargs) -> list[float]:
+    """Right and wrong completions in about equal shares, whatever the model writes."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def train_and_save(trainer, output: str, num_ranks: int) -> None:
+    """Train on as many ranks as were asked for, and save the model beside the output file."""
+    trainer.train()
+    assert trainer.accelerator.num_processes == num_ranks
+    trainer.save_model(str(Path(output).with_suffix("")))
+
+
+def history(trainer, prefix: str) -> list[dict]:
+    """What was logged of each step: losses, rewards and the method's metrics, times left out."""
+    kept = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
+    return [
+        {
+            name: value
+            for name, value in entry.items()
+            if name in kept or (name.startswith(prefix) and "seconds" not in name)
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def run(main: Callable[[str, str, int, bool], None]) -> None:
+    """Call a script's `main(model_dir, output, num_ranks, use_vllm)` with the command line's values."""
+    model_dir, output, num_ranks, generation = sys.argv[1:]
+    main(model_dir, output, int(num_ranks), generation == "vllm")
