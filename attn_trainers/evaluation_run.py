@@ -136,9 +136,9 @@ def data_name(source: str) -> str:
     return Path(source.split(":")[0] if not source.endswith((".jsonl", ".json")) else source).stem
 
 
-def request_seed(seed: int, problem: int, sample: int) -> int:
-    """Seed of one completion, 62 bits of a hash of all three."""
-    digest = hashlib.sha256(f"{seed}:{problem}:{sample}".encode()).digest()
+def request_seed(seed: int, name: str, problem: int, sample: int) -> int:
+    """Seed of one completion to a problem of a data set, 62 bits of a hash of all four."""
+    digest = hashlib.sha256(f"{seed}:{name}:{problem}:{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
 
 
@@ -266,7 +266,7 @@ def evaluate(args: EvaluationArguments) -> list[Summary]:
             prompt_ids = prompt_token_ids(tokenizer, row["problem"], args.prompt_template)
             for sample in range(args.samples_of(source)):
                 if (problem, sample) not in done:
-                    seed = request_seed(args.seed, problem, sample)
+                    seed = request_seed(args.seed, name, problem, sample)
                     missing.append((name, SampleRequest(problem, sample, prompt_ids, seed)))
     if missing:
         draw_and_grade(args, tokenizer, problems, missing)

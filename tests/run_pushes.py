@@ -24,14 +24,12 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, dict[str, bytes]] = {}  # repository to path to content
     objects: dict[str, bytes] = {}  # large files by SHA-256
-    requests: list[str] = []
     tokens: set[str | None] = set()
     refuses_commits = False
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = unquote(self.path).partition("?")[0]
-        self.requests.append(f"POST {path}")
         self.tokens.add(self.headers["Authorization"])
         if path == "/api/repos/create":
             name = json.loads(body)["name"]
@@ -140,6 +138,65 @@ def same_weights(model, folder: Path, file: str, prefix: str = "") -> int:
     return len(saved)
 
 
+def push_models(recipes: Path, folder: Path, data: Path) -> dict:
+    """Three recipes push: a full model (first to a Hub that refuses), an adapter, and the best arm of a comparison."""
+    from attn_trainers.interruption import last_whole_checkpoint
+
+    common = (
+        f"--tiny_model --dataset {data} --use_vllm false --report_to none --push_to_hub --max_steps 2 --save_steps 2 "
+        "--max_completion_length 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+        "--generation_batch_size 8 --gradient_checkpointing false --learning_rate 0.01"
+    ).split()
+    full = f"--output_dir {folder}/full --hub_model_id me/full --num_rollouts 2 --num_branch_points 1"
+    full = [*common, *full.split(), "--rollouts_per_branch", "1"]
+    adapter = (
+        f"--output_dir {folder}/adapter --hub_model_id me/adapter --problem_column problem --answer_column answer"
+    )
+    adapter += " --num_generations 4 --use_peft --lora_r 4 --lora_target_modules all-linear"
+    arm = (
+        f"--cache_dir {folder}/cache --warm_start_steps 2 --num_operations 2 --num_train_problems 24 "
+        "--num_eval_problems 4 --arms coupled --seeds 0 --max_steps 1 --per_device_train_batch_size 16 "
+        f"--push_to_hub --hub_model_id me/arm --output_dir {folder}/arm"
+    )
+    result: dict = {}
+    Hub.refuses_commits = True
+    result["refusal"] = launch(recipes / "attnrl_1p5b.py", *full)
+    result["arrived_while_refused"] = len(Hub.files["me/full"])
+    result["checkpoint_after_refusal"] = Path(last_whole_checkpoint(folder / "full")).name
+    Hub.refuses_commits = False
+    result["second_launch"] = launch(recipes / "attnrl_1p5b.py", *full)
+    result["adapter_launch"] = launch(recipes / "rhythm_4b.py", *common, *adapter.split())
+    result["arm_launch"] = launch(recipes / "rhythm_tiny.py", *arm.split())
+    return result
+
+
+def evaluate_pushed(recipes: Path, folder: Path, data: Path) -> dict:
+    """The pushed model is evaluated by its id and revision, and compared with itself."""
+    output = folder / "evaluation"
+    evaluation = f"--model me/full --revision main --data {data} --output {output} --num_samples 2"
+    evaluation += " --max_new_tokens 4 --backend transformers"
+    comparison = f"--compare {output} {output} --output {folder}/compared"
+    return {
+        "evaluation_launch": launch(recipes / "evaluate.py", *evaluation.split()),
+        "comparison_launch": launch(recipes / "evaluate.py", *comparison.split()),
+        "evaluated": len((output / "problems.jsonl").read_text().splitlines()),
+        "evaluated_revision": json.loads((output / "settings.json").read_text())["revision"],
+        "comparison": (folder / "compared" / "comparison.md").read_text(),
+    }
+
+
+def load_pushed(folder: Path) -> dict:
+    """The pushed models are loaded by the code of their cards, and their weights compared with the run's own."""
+    full = load_as_the_card_says("me/full", folder)
+    adapter = load_as_the_card_says("me/adapter", folder / "adapter" / "_tiny-model")
+    tensors = same_weights(adapter["model"], folder / "adapter", "adapter_model.safetensors", prefix="default")
+    return {
+        "full_tensors": same_weights(full["model"], folder / "full", "model.safetensors"),
+        "full_tokens": full["output"].shape[1] - full["inputs"]["input_ids"].shape[1],
+        "adapter_tensors": tensors,
+    }
+
+
 def main(root: Path, folder: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -152,69 +209,13 @@ def main(root: Path, folder: Path) -> None:
     }
     data = folder / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(8)))
-    common = (
-        f"--tiny_model --dataset {data} --use_vllm false --report_to none --push_to_hub --max_steps 2 --save_steps 2"
-    )
-    common += " --max_completion_length 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 1"
-    common += " --generation_batch_size 8 --gradient_checkpointing false --learning_rate 0.01"
-    full = [*common.split(), "--output_dir", folder / "full", "--hub_model_id", "me/full", "--num_rollouts", 2]
-    full += ["--num_branch_points", 1, "--rollouts_per_branch", 1]
     recipes = root / "recipes"
-    result: dict = {}
-
-    Hub.refuses_commits = True
-    result["refusal"] = launch(recipes / "attnrl_1p5b.py", *full)
-    result["arrived_while_refused"] = len(Hub.files["me/full"])
-    from attn_trainers.interruption import last_whole_checkpoint
-
-    result["checkpoint_after_refusal"] = Path(last_whole_checkpoint(folder / "full")).name
-    Hub.refuses_commits = False
-    result["second_launch"] = launch(recipes / "attnrl_1p5b.py", *full)
-
-    adapter = [*common.split(), "--output_dir", folder / "adapter", "--hub_model_id", "me/adapter"]
-    adapter += [
-        "--problem_column",
-        "problem",
-        "--answer_column",
-        "answer",
-        "--num_generations",
-        4,
-        "--use_peft",
-        "--lora_r",
-        4,
-        "--lora_target_modules",
-        "all-linear",
-    ]
-    result["adapter_launch"] = launch(recipes / "rhythm_4b.py", *adapter)
-
-    tiny = f"--cache_dir {folder}/cache --warm_start_steps 2 --num_operations 2 --num_train_problems 24"
-    tiny += " --num_eval_problems 4 --arms coupled --seeds 0 --max_steps 1 --per_device_train_batch_size 16"
-    tiny += f" --push_to_hub --hub_model_id me/arm --output_dir {folder}/arm"
-    result["tiny_launch"] = launch(recipes / "rhythm_tiny.py", *tiny.split())
-
-    evaluation = f"--model me/full --revision main --data {data} --output {folder}/evaluation --num_samples 2"
-    evaluation += " --max_new_tokens 4 --backend transformers"
-    result["evaluation_launch"] = launch(recipes / "evaluate.py", *evaluation.split())
-    result["evaluated"] = len((folder / "evaluation" / "problems.jsonl").read_text().splitlines())
-    result["evaluated_revision"] = json.loads((folder / "evaluation" / "settings.json").read_text())["revision"]
-    comparison = f"--compare {folder}/evaluation {folder}/evaluation --output {folder}/compared"
-    result["comparison_launch"] = launch(recipes / "evaluate.py", *comparison.split())
-    result["comparison"] = (folder / "compared" / "comparison.md").read_text()
-
+    result = push_models(recipes, folder, data) | evaluate_pushed(recipes, folder, data) | load_pushed(folder)
     result["files"] = {repository: sorted(files) for repository, files in Hub.files.items()}
     result["cards"] = {repository: files["README.md"].decode() for repository, files in Hub.files.items()}
-    result["requests"] = sorted(set(Hub.requests))
     result["authorization"] = sorted(map(str, Hub.tokens))
-    result["secret_pushed"] = any(
-        b"hf_secret" in content for files in Hub.files.values() for content in files.values()
-    )
-    loaded = load_as_the_card_says("me/full", folder)
-    result["full_tensors"] = same_weights(loaded["model"], folder / "full", "model.safetensors")
-    result["full_tokens"] = loaded["output"].shape[1] - loaded["inputs"]["input_ids"].shape[1]
-    loaded = load_as_the_card_says("me/adapter", folder / "adapter" / "_tiny-model")
-    result["adapter_tensors"] = same_weights(
-        loaded["model"], folder / "adapter", "adapter_model.safetensors", prefix="default"
-    )
+    contents = [content for files in Hub.files.values() for content in files.values()]
+    result["secret_pushed"] = any(b"hf_secret" in content for content in contents)
     (folder / "result.json").write_text(json.dumps(result, indent=2))
 
 

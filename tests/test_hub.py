@@ -184,7 +184,7 @@ def test_recipes_push_what_they_trained(tmp_path):
     # A Hub that takes nothing leaves a whole checkpoint and says how to upload later; the same command then pushes.
     assert "storage quota exceeded" in result["refusal"] and "hf upload me/full" in result["refusal"]
     assert (result["arrived_while_refused"], result["checkpoint_after_refusal"]) == (0, "checkpoint-2")
-    launches = ("second_launch", "adapter_launch", "tiny_launch", "evaluation_launch", "comparison_launch")
+    launches = ("second_launch", "adapter_launch", "arm_launch", "evaluation_launch", "comparison_launch")
     assert [result[name] for name in launches] == [None] * 5
     assert table(result["cards"]["me/full"])["updates"] == "`2`"
 

@@ -244,7 +244,7 @@ def _generated_candidates(
             index,
             sample,
             prompt_token_ids(tokenizer, record["problem"], args.prompt_template),
-            request_seed(args.seed, index, sample),
+            request_seed(args.seed, "probing", index, sample),
         )
         for index, record in enumerate(records)
         for sample in range(args.num_samples)

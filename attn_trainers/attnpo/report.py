@@ -58,7 +58,7 @@ def _step_html(index: int, kind: str, text: str, ratio: float | None, scale: flo
     return (
         f'<div class="step{mark}" style="background:{shade(ratio)}">'
         f'<div class="tag">{"<br>".join(map(escape, tags))}</div>'
-        f'<pre class="text">{escape(text)}</pre></div>'
+        f'<pre class="text">{escape(text.strip())}</pre></div>'
     )
 
 
