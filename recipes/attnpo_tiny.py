@@ -128,10 +128,12 @@ def find_heads(model: Path, tokenizer, problems: list[Problem], folder: Path) ->
     )
     plot_head_map(report, list(heads.heads), folder / "head_map.png")
     plot_ensembles(report, folder / "ensembles.png")
-    line = (
-        f"Heads {[list(pair) for pair in heads.heads]}: step ranking accuracy on {held_out.num_responses} held-out "
-        f"responses {held_out.chosen:.3f}, median head {held_out.median:.3f}"
-    )
+    line = f"Heads {[list(pair) for pair in heads.heads]}"
+    if held_out:
+        line += (
+            f": step ranking accuracy on {held_out.num_responses} held-out responses {held_out.chosen:.3f} (95 % "
+            f"interval {held_out.lower:.3f} to {held_out.upper:.3f}), median head {held_out.median:.3f}"
+        )
     return folder / "heads.json", line
 
 

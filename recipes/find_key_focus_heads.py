@@ -32,8 +32,9 @@ def main(args: DiscoveryArguments) -> None:
         print(f"  [{layer}, {head}]  SRA {report.sra[index]:.3f}, 95 % {interval}{chosen}")
     if held_out:
         print(
-            f"Held out, {held_out.num_responses} responses: chosen heads {held_out.chosen:.3f}, best single "
-            f"{held_out.best_single:.3f}, median head {held_out.median:.3f}"
+            f"Held out, {held_out.num_responses} responses: chosen heads {held_out.chosen:.3f} "
+            f"({held_out.lower:.3f}-{held_out.upper:.3f}), best single {held_out.best_single:.3f}, "
+            f"median head {held_out.median:.3f}"
         )
     print(f"Heads file: {output / 'heads.json'}")
 

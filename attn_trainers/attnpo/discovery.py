@@ -37,7 +37,7 @@ from ..evaluation_sampling import (
 from ..launch import STEP_BY_STEP
 from ..rewards import math_accuracy_reward
 from .alignment import StepAlignment, reasoning_step_ranges
-from .head_ranking import HeadReport, ScoredSteps, build_report, rankable, ranking_table
+from .head_ranking import HeadReport, ScoredSteps, build_report, ranking_table
 from .heads import KeyFocusHeads, save_heads
 from .labels import ESSENTIAL, REDUNDANT, LabelledCompletion, read_labels
 from .probing import Candidate, label_steps, score_all_heads
@@ -111,6 +111,8 @@ class HeldOutReport:
     Attributes:
         num_responses: Responses with both kinds of step.
         chosen: SRA of the chosen heads together (mean score).
+        lower: Lower end of its bootstrap interval (95 %, over responses).
+        upper: Upper end.
         best_single: SRA of the head that ranked first.
         median: SRA of the median head.
         share_below: Share of the heads whose SRA is below that of the chosen ones together.
@@ -118,6 +120,8 @@ class HeldOutReport:
 
     num_responses: int
     chosen: float
+    lower: float
+    upper: float
     best_single: float
     median: float
     share_below: float
@@ -349,18 +353,29 @@ def is_held_out(problem: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def measure_held_out(responses: Sequence[ScoredSteps], chosen: Sequence[int], average: str) -> HeldOutReport:
-    """SRA of the chosen heads (flat indices, best first) and of all single heads on held-out responses."""
-    usable = rankable(responses)
+def measure_held_out(
+    responses: Sequence[ScoredSteps], chosen: Sequence[int], average: str, generator: torch.Generator
+) -> HeldOutReport | None:
+    """SRA of the chosen heads (flat indices, best first) and of all single heads on held-out responses.
+
+    None if no held-out response has both kinds of step.
+    """
+    usable = [one for one in responses if one.num_pairs > 0]
+    if not usable:
+        return None
     single = ranking_table(usable).mean(average)  # (H,)
     together = [
         ScoredSteps(one.scores[list(chosen)].double().mean(0, keepdim=True), one.essential, one.redundant)
         for one in usable
     ]
-    value = ranking_table(together).mean(average).item()
+    table = ranking_table(together)
+    value = table.mean(average).item()
+    lower, upper = (end.item() for end in table.interval(generator, average=average))
     return HeldOutReport(
         num_responses=len(usable),
         chosen=value,
+        lower=lower,
+        upper=upper,
         best_single=single[chosen[0]].item(),
         median=single.median().item(),
         share_below=(single < value).double().mean().item(),
@@ -382,18 +397,19 @@ def discover_heads(args: DiscoveryArguments) -> tuple[KeyFocusHeads, HeadReport,
     choosing = [one for problem, one in scored if not is_held_out(problem, args.held_out, args.seed)]
     measuring = [one for problem, one in scored if is_held_out(problem, args.held_out, args.seed)]
     config = decoder_of(model).config
+    generator = torch.Generator().manual_seed(args.seed)
     report = build_report(
         choosing,
         model_name=args.model,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        generator=torch.Generator().manual_seed(args.seed),
+        generator=generator,
         average=args.average,
     )
     order = report.ranking if args.selection == "top_k" else report.greedy_heads
     heads = [tuple(pair) for pair in order[: args.num_heads]]
     flat = [layer * report.num_heads + head for layer, head in heads]
-    held_out = measure_held_out(measuring, flat, args.average) if measuring else None
+    held_out = measure_held_out(measuring, flat, args.average, generator)
     found = KeyFocusHeads(
         model_name=args.model,
         heads=tuple(heads),

@@ -9,7 +9,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from attn_trainers.attnpo.alignment import reasoning_step_ranges
-from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads, read_jsonl
+from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads, measure_held_out, read_jsonl
+from attn_trainers.attnpo.head_ranking import ScoredSteps
 from attn_trainers.attnpo.heads import load_heads
 from attn_trainers.attnpo.labels import ESSENTIAL, REDUNDANT, read_labels
 from attn_trainers.attnpo.probing import Candidate, answer_logps, label_steps, removal_drops
@@ -136,6 +137,19 @@ def test_given_labels_lead_to_the_ranking_of_eager_attention(
         discover_heads(DiscoveryArguments(**(settings | {"step_mode": "phrases"})))
 
 
+def test_held_out_responses_measure_the_chosen_heads():
+    essential, redundant = torch.tensor([True, False]), torch.tensor([False, True])
+    # Head 0 ranks 3 of 4 responses right, head 1 none, head 2 all; heads 0 and 1 together as head 0.
+    scores = [torch.tensor([[right, 1.0 - right], [0.1, 0.3], [1.0, 0.0]]) for right in (1.0, 1.0, 1.0, 0.0)]
+    responses = [ScoredSteps(one, essential, redundant) for one in scores]
+    report = measure_held_out(responses, [0, 1], "macro", torch.Generator().manual_seed(0))
+    assert (report.num_responses, report.chosen, report.best_single, report.median) == (4, 0.75, 0.75, 0.75)
+    assert report.lower < 0.75 < report.upper == 1.0
+    assert report.share_below == pytest.approx(1 / 3)
+    one_kind = [ScoredSteps(scores[0], essential, torch.zeros(2, dtype=torch.bool))]
+    assert measure_held_out(one_kind, [0], "macro", torch.Generator()) is None
+
+
 def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
@@ -159,7 +173,8 @@ def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys):
     assert report["num_responses"] + held_out["num_responses"] == len(both)
     assert [list(pair) for pair in heads.heads] == report["ranking"][:3]
     assert all(f"{list(pair)}  SRA" in printed for pair in heads.heads) and printed.count("(chosen)") == 3
-    assert f"chosen heads {held_out['chosen']:.3f}" in printed
+    assert f"chosen heads {held_out['chosen']:.3f} ({held_out['lower']:.3f}-{held_out['upper']:.3f})" in printed
+    assert 0.0 <= held_out["lower"] <= held_out["chosen"] <= held_out["upper"] <= 1.0
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in ("head_map.png", "ensembles.png"))
 
 
