@@ -14,7 +14,27 @@ class EvaluationMixin:
     reward, lengths and the share truncated. From the first reward function (right where above 0) this logs
     `eval_pass@k`, for k the powers of two up to `num_generations_eval`, and `eval_completions/mean_thinking_length` in
     tokens (`count_thinking_tokens`). Nothing is generated again, and every rank logs the same.
+
+    Of several named data sets each logs under its own name, `eval_<name>_pass@1`, what TRL measures included.
     """
+
+    _metric_key_prefix = "eval"
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._metric_key_prefix = metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._metric_key_prefix = "eval"
+
+    def log(self, logs, start_time=None):
+        name = self._metric_key_prefix.removeprefix("eval").removeprefix("_")
+        if name and not self.model.training:
+            # TRL puts "eval_" alone before what it measured: the next data set would log over it.
+            measured = dict(self._metrics["eval"])
+            self._metrics["eval"].clear()
+            self._metrics["eval"].update({f"{name}_{key}": values for key, values in measured.items()})
+        super().log(logs, start_time)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (ranks·B, F)

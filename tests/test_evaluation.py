@@ -275,7 +275,8 @@ class EvaluatingTrainer(EvaluationMixin, GRPOTrainer):
 
 
 @pytest.mark.slow
-def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
+@pytest.mark.parametrize("name", [None, "sums"])
+def test_evaluation_during_training_logs_pass_at_k(model, tmp_path, name):
     seen, thinking = {"train": [], "eval": []}, []
     tokenizer = load_tokenizer(model)
     end = tokenizer.convert_tokens_to_ids("</think>")
@@ -310,16 +311,18 @@ def test_evaluation_during_training_logs_pass_at_k(model, tmp_path):
         reward_funcs=odd_sum,
         args=config,
         train_dataset=data,
-        eval_dataset=data,
+        eval_dataset=data if name is None else {name: data},
         processing_class=tokenizer,
     )
     trainer.train()
-    logs = next(entry for entry in trainer.state.log_history if "eval_pass@1" in entry)
+    prefix = "eval_" if name is None else "eval_sums_"
+    logs = next(entry for entry in trainer.state.log_history if f"{prefix}pass@1" in entry)
     pairs = [seen["eval"][i : i + 2] for i in range(0, 16, 2)]
     assert len(seen["eval"]) == 16
-    assert logs["eval_pass@1"] == pytest.approx(sum(map(sum, pairs)) / 16)
-    assert logs["eval_pass@2"] == pytest.approx(sum(map(any, pairs)) / 8)
-    assert 0 < logs["eval_pass@1"] < logs["eval_pass@2"]
-    assert logs["eval_completions/mean_thinking_length"] == pytest.approx(sum(thinking) / 16)
+    assert logs[f"{prefix}pass@1"] == pytest.approx(sum(map(sum, pairs)) / 16)
+    assert logs[f"{prefix}pass@2"] == pytest.approx(sum(map(any, pairs)) / 8)
+    assert 0 < logs[f"{prefix}pass@1"] < logs[f"{prefix}pass@2"]
+    assert logs[f"{prefix}completions/mean_thinking_length"] == pytest.approx(sum(thinking) / 16)
     assert sum(thinking) > 0
-    assert not any(key.startswith("pass@") for entry in trainer.state.log_history for key in entry)
+    others = ("pass@", "eval_pass@" if name else "eval_sums")
+    assert not any(key.startswith(others) for entry in trainer.state.log_history for key in entry)

@@ -25,6 +25,8 @@ HOOKS = {
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    "log": ["self", "logs", "start_time"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }
 
@@ -50,6 +52,10 @@ def test_signature_of_the_log_prob_forward():
         "compute_entropy",
         "compute_aux_loss",
     ]
+
+
+def test_evaluation_metrics_have_one_prefix_whatever_the_data_set():
+    assert 'metrics = {f"eval_{key}": val for key, val in metrics.items()}' in inspect.getsource(GRPOTrainer.log)
 
 
 def test_the_loss_takes_advantages_per_token():
