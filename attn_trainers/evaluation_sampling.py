@@ -204,17 +204,39 @@ def sample_with_vllm(
             tensor_parallel_size=settings.tensor_parallel_size,
         )
     engine = llm.llm_engine
-    for i, request in enumerate(requests):
-        params = SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_tokens=settings.max_new_tokens,
-            seed=request.seed,
-            stop_token_ids=eos,
-            detokenize=False,
-        )
-        engine.add_request(str(i), {"prompt_token_ids": request.prompt_ids}, params)
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.finished:
-                yield requests[int(output.request_id.split("-")[0])], list(output.outputs[0].token_ids)
+    calls = [requests] if torch.cuda.is_available() else whole_prompt_calls(llm, requests)
+    for call in calls:
+        for i, request in enumerate(call):
+            params = SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.max_new_tokens,
+                seed=request.seed,
+                stop_token_ids=eos,
+                detokenize=False,
+            )
+            engine.add_request(str(i), {"prompt_token_ids": request.prompt_ids}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield call[int(output.request_id.split("-")[0])], list(output.outputs[0].token_ids)
+
+
+def whole_prompt_calls(llm, requests: Sequence) -> list[list]:
+    """Seeded requests (with `prompt_ids`) in groups to give to a vLLM engine on a CPU one after the other.
+
+    A request with a seed has a generator of its own. Where a prompt is prefilled in chunks, vLLM takes back what the
+    sampler drew from it in between, which CPU generators cannot do: so a group holds no more prompt tokens than one
+    engine step takes.
+    """
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
+    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
+    calls: list[list] = [[]]
+    used = 0
+    for request in requests:
+        used += len(request.prompt_ids)
+        if used > room and calls[-1]:
+            calls.append([])
+            used = len(request.prompt_ids)
+        calls[-1].append(request)
+    return calls

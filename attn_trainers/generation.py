@@ -20,6 +20,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
+from .evaluation_sampling import whole_prompt_calls
+
 
 logger = logging.getLogger(__name__)
 
@@ -139,26 +141,11 @@ def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[Generation
 def engine_calls(
     vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]
 ) -> list[Sequence[GenerationRequest]]:
-    """The requests of each call to the engine: all in one, but for seeded requests on a CPU.
-
-    A request with a seed has a generator of its own. Where a prompt is prefilled in chunks, vLLM takes back what the
-    sampler drew from it in between, which CPU generators cannot do: there, a call holds no more prompt tokens than one
-    engine step takes.
-    """
+    """The requests of each call to the engine: all in one, but for seeded requests on a CPU."""
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
     if not on_cpu or all(request.seed is None for request in requests):
         return [requests]
-    scheduler = vllm_generation.llm.llm_engine.vllm_config.scheduler_config
-    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
-    calls: list[list[GenerationRequest]] = [[]]
-    used = 0
-    for request in requests:
-        used += len(request.prompt_ids)
-        if used > room and calls[-1]:
-            calls.append([])
-            used = len(request.prompt_ids)
-        calls[-1].append(request)
-    return calls
+    return whole_prompt_calls(vllm_generation.llm, requests)
 
 
 class _TokenBudget(StoppingCriteria):

@@ -257,12 +257,18 @@ def test_adapter_is_applied(arguments, adapter):
 
 
 @pytest.mark.slow
-def test_vllm_draws_what_transformers_draws_and_resumes(arguments, adapter):
+def test_vllm_draws_what_transformers_draws_and_resumes(arguments, adapter, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     path, _ = adapter
     greedy = run_into(arguments, "transformers", model=path, dtype="float32")
     assert run_into(arguments, "vllm", model=path, dtype="float32", backend="vllm") == greedy
-    sampled = replace(arguments, backend="vllm", dtype="float32", output=f"{arguments.output}-sampled")
+    # More prompt tokens than one engine step takes: on a CPU no prompt may be prefilled in chunks.
+    long = tmp_path / "long" / "sums.jsonl"
+    long.parent.mkdir()
+    row = {"problem": "1 + " * 80 + "1?", "answer": "81"}
+    long.write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    settings = {"backend": "vllm", "dtype": "float32", "data": [str(long)], "max_new_tokens": 8}
+    sampled = replace(arguments, **settings, output=f"{arguments.output}-sampled")
     whole = evaluate(sampled)
     expected = records_of(sampled)
     _path(sampled.output).write_text("".join(_path(sampled.output).read_text().splitlines(keepends=True)[:2]))
