@@ -3,10 +3,10 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnpo_tiny.py
 
 A noisy teacher warm-starts the model on chains whose steps are followed by a random number of re-checks ("Wait, let
-me check: ...") and whose answer restates the steps; the model is cached in `--cache_dir`. Its key-focus heads are found
-on its own correct responses, in which the re-checks are the redundant steps. Then AttnPO and, for the same number of
-steps, TLMRE (the same rewards and advantages, no step scales) train it, and both are evaluated on held-out problems.
-`--compare false` leaves TLMRE out.
+me check: ...") and whose answer restates the steps; the model is cached in `--cache_dir`. Its key-focus heads are
+found on its own correct responses, in which the re-checks are the redundant steps. Then AttnPO and, for the same
+number of steps, TLMRE (the same rewards and advantages, no step scales) train it, and both are evaluated on held-out
+problems. `--compare false` leaves TLMRE out.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png`, `heads/` (heads file, head
 map, ensembles) and `attnpo/` (pages of single responses).
