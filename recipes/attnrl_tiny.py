@@ -15,6 +15,7 @@ from pathlib import Path
 from trl import TrlParser
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
+from attn_trainers.attnrl.rollouts import PromptRollouts
 from attn_trainers.hub import CardNotes, public_command, publish
 from attn_trainers.launch import HAS_CUDA
 from attn_trainers.reports import plot_curves, plot_trees
@@ -118,10 +119,15 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     )
     branched = [p for p in trainer.last_prompts if any(r.branches for r in p.rollouts)]
     if branched:
-        prompt = max(branched, key=lambda p: len({c.reward for r in p.rollouts for c in r.branches}))
+        prompt = max(branched, key=num_mixed_trees)
         problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
         plot_trees(prompt, problem, folder / "trees.png")
     print(f"Tables and pictures: {folder}")
+
+
+def num_mixed_trees(prompt: PromptRollouts) -> int:
+    """How many of a prompt's trees have right and wrong leaves: those in which branching tells steps apart."""
+    return sum(len({rollout.reward, *(b.reward for b in rollout.branches)}) > 1 for rollout in prompt.rollouts)
 
 
 if __name__ == "__main__":
