@@ -99,9 +99,10 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
 
 def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seconds: dict[str, float]) -> None:
     """The table, the files and the pictures of the run."""
+    method = method_name(trainer.args)
     title = (
-        f"AttnRL ({trainer.args.branching}, {trainer.args.num_branch_points} branch points): "
-        f"{before.num_problems} problems x {before.num_samples} samples, training {seconds['training']:.0f} s"
+        f"{method}: {before.num_problems} problems x {before.num_samples} samples, "
+        f"training {seconds['training']:.0f} s"
     )
     show_table(title, header, rows)
     details = {
@@ -114,15 +115,20 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     }
     folder = Path(trainer.args.output_dir)
     write_results(folder, title, header, rows, details)
-    plot_curves(
-        {"AttnRL": trainer.state.log_history}, PANELS, folder / "curves.png", "AttnRL on multi-step arithmetic"
-    )
+    plot_curves({method: trainer.state.log_history}, PANELS, folder / "curves.png", f"{method}, multi-step arithmetic")
     branched = [p for p in trainer.last_prompts if any(r.branches for r in p.rollouts)]
     if branched:
         prompt = max(branched, key=num_mixed_trees)
         problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
         plot_trees(prompt, problem, folder / "trees.png")
     print(f"Tables and pictures: {folder}")
+
+
+def method_name(args: Recipe) -> str:
+    """The method as set: without branch points the same pipeline is plain outcome RL."""
+    if args.num_branch_points == 0:
+        return f"Outcome RL ({args.num_rollouts} rollouts)"
+    return f"AttnRL ({args.branching}, {args.num_branch_points} branch points)"
 
 
 def num_mixed_trees(prompt: PromptRollouts) -> int:

@@ -161,7 +161,7 @@ def push_models(recipes: Path, folder: Path, data: Path) -> dict:
     result: dict = {}
     Hub.refuses_commits = True
     result["refusal"] = launch(recipes / "attnrl_1p5b.py", *full)
-    result["arrived_while_refused"] = len(Hub.files["me/full"])
+    result["arrived_while_refused"] = len(Hub.files.get("me/full", {}))
     result["checkpoint_after_refusal"] = Path(last_whole_checkpoint(folder / "full")).name
     Hub.refuses_commits = False
     result["second_launch"] = launch(recipes / "attnrl_1p5b.py", *full)

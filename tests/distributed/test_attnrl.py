@@ -21,7 +21,7 @@ def test_two_ranks_equal_one(run_ranks, config, one_rank, tiny_model_dir, tmp_pa
     for one, two in zip(one_rank["history"], two_ranks["history"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-        assert two["attnrl/rows_trained"] == one["attnrl/rows_trained"]
+        assert two.get("attnrl/rows_trained") == one.get("attnrl/rows_trained")
     for name, weight in weights.items():
         torch.testing.assert_close(two_weights[name], weight, rtol=1e-3, atol=1e-5)
     (first, second) = two_ranks["work"]
