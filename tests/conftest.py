@@ -80,14 +80,24 @@ def arithmetic_dataset():
     return to_dataset(sample_problems(24, seed=0))
 
 
+def outside_environment() -> dict[str, str]:
+    """The environment without what an engine or an earlier run in this process set for its own ranks."""
+    leave_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in leave_out}
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """`outside_environment`, for a test that starts a process of its own."""
+    return outside_environment()
+
+
 def launch_script(config: str, script: Path, *arguments: object, timeout: float = 600) -> None:
     """Run a script by `accelerate launch` under one of the project's configurations, and fail with its error output.
 
-    Variables that an engine or an earlier run in this process set for its own ranks are left out, and the rendezvous
-    gets a free port, so that launches side by side do not meet.
+    The rendezvous gets a free port, so that launches side by side do not meet.
     """
-    leave_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in leave_out}
+    environment = outside_environment()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

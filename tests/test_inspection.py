@@ -223,7 +223,7 @@ def test_pictures(inspected, tmp_path):
 
 
 @pytest.mark.slow
-def test_recipe_reads_given_completions_and_samples_the_others(model_dir, tokenizer, tmp_path):
+def test_recipe_reads_given_completions_and_samples_the_others(model_dir, tokenizer, environment, tmp_path):
     problems = sample_problems(2, seed=3)
     records = [
         {"problem": problems[0].text, "completion": COMPLETIONS[0], "answer": "29"},
@@ -233,9 +233,8 @@ def test_recipe_reads_given_completions_and_samples_the_others(model_dir, tokeni
     data.write_text("\n".join(map(json.dumps, records)))
     arguments = ["--model", model_dir, "--data", data, "--output_dir", tmp_path / "out", "--max_new_tokens", 20]
     arguments += ["--prompt_template", "{problem}", "--key_focus_heads", "[[1, 0]]", "--step_mode", "paragraphs"]
-    subprocess.run(
-        [sys.executable, ROOT / "recipes/inspect_attention.py", *map(str, arguments)], check=True, timeout=300
-    )
+    command = [sys.executable, ROOT / "recipes/inspect_attention.py", *map(str, arguments)]
+    subprocess.run(command, check=True, timeout=300, env=environment)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["couplings.md", "couplings.png", "index.html", "response_1.png", "response_2.png"]
     text = (tmp_path / "out" / "index.html").read_text()

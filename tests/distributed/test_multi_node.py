@@ -1,7 +1,6 @@
 """A recipe on two nodes, played by two launches on loopback under ZeRO-3, that SIGTERM to one of them stops."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_nodes_stop_together_on_sigterm_to_one(tmp_path):
+def test_two_nodes_stop_together_on_sigterm_to_one(environment, tmp_path):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{i} + 1", "answer": str(i + 1)}) + "\n" for i in range(8)))
     arguments = f"--tiny_model --dataset {data} --output_dir {tmp_path / 'run'} --use_vllm false --report_to none "
@@ -35,7 +34,7 @@ def test_two_nodes_stop_together_on_sigterm_to_one(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_multinode.yaml")]
     launcher += ["--main_process_port", str(free_port())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    environment |= {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
     nodes = []
     try:
