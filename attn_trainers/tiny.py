@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer
 
 from .arithmetic import Problem, WarmStart, prompt_messages, sample_problems, warm_start
 from .generation import GenerationRequest
@@ -136,6 +136,26 @@ def evaluate_held_out(trainer, problems: Sequence[Problem], num_samples: int, se
         num_samples=num_samples,
         per_problem=per_problem.tolist(),
     )
+
+
+class MetricsInBar(ProgressCallback):
+    """The progress bar with a few metrics behind it, in place of a line of all metrics at every log."""
+
+    def __init__(self, metrics: dict[str, str]):
+        super().__init__()
+        self.metrics = metrics  # name to label
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {label: f"{logs[name]:.3g}" for name, label in self.metrics.items() if logs.get(name) is not None}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
+
+
+def show_in_bar(trainer: Trainer, metrics: dict[str, str]) -> None:
+    """Show these metrics (name to label) behind the progress bar and no others; all stay in the trainer's log."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(MetricsInBar(metrics))
 
 
 class Stopwatch:

@@ -40,6 +40,7 @@ from attn_trainers.tiny import (
     evaluate_held_out,
     exact_answer_reward,
     prepare,
+    show_in_bar,
     show_table,
     to_dataset,
     write_results,
@@ -147,6 +148,7 @@ def run(name: str, args: Recipe, model: Path, tokenizer, training, held_out, sam
     torch.manual_seed(args.seed)
     before = evaluate_held_out(trainer, held_out, samples)
     watch.lap(f"{name}: start-up and evaluation")
+    show_in_bar(trainer, {"attnpo/accuracy": "accuracy", "attnpo/thinking_tokens": "thinking tokens"})
     trainer.train()
     watch.lap(f"{name}: training")
     torch.manual_seed(args.seed)

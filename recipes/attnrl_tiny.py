@@ -26,6 +26,7 @@ from attn_trainers.tiny import (
     evaluate_held_out,
     exact_answer_reward,
     prepare,
+    show_in_bar,
     show_table,
     to_dataset,
     write_results,
@@ -82,6 +83,7 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     before = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
     trainer.accelerator.print(f"Held-out accuracy before: {before.accuracy:.3f}")
     watch.lap("evaluation")
+    show_in_bar(trainer, {"attnrl/reward_initial": "accuracy", "attnrl/valid_ratio_all": "with signal"})
     trainer.train()
     watch.lap("training")
     after = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
