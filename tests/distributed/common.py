@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
+
 
 # A step linear in the gradient, so that equal gradients give equal weights; everything that takes time switched off.
 SETTINGS = {
@@ -50,3 +52,6 @@ def run(main: Callable[[str, str, int, bool], None]) -> None:
     """Call a script's `main(model_dir, output, num_ranks, use_vllm)` with the command line's values."""
     model_dir, output, num_ranks, generation = sys.argv[1:]
     main(model_dir, output, int(num_ranks), generation == "vllm")
+    # A rank whose interpreter ends with the process group still open is now and then aborted by its threads.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
