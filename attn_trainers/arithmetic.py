@@ -130,7 +130,7 @@ def build_model(
     """Qwen2 from scratch with heads of 32 (the smallest that vLLM's CPU attention takes), two to a key head.
 
     The embeddings of numbers start as Fourier features of their values, so that near and congruent numbers are alike
-    and the facts of addition need not be learnt one by one: the same accuracy in under half the steps.
+    and the facts of addition need not be learnt one by one.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .engine import whole_prompt_calls
 from .modeling import load_tokenizer
 
 
@@ -220,23 +221,3 @@ def sample_with_vllm(
             for output in engine.step():
                 if output.finished:
                     yield call[int(output.request_id.split("-")[0])], list(output.outputs[0].token_ids)
-
-
-def whole_prompt_calls(llm, requests: Sequence) -> list[list]:
-    """Seeded requests (with `prompt_ids`) in groups to give to a vLLM engine on a CPU one after the other.
-
-    A request with a seed has a generator of its own. Where a prompt is prefilled in chunks, vLLM takes back what the
-    sampler drew from it in between, which CPU generators cannot do: so a group holds no more prompt tokens than one
-    engine step takes.
-    """
-    scheduler = llm.llm_engine.vllm_config.scheduler_config
-    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
-    calls: list[list] = [[]]
-    used = 0
-    for request in requests:
-        used += len(request.prompt_ids)
-        if used > room and calls[-1]:
-            calls.append([])
-            used = len(request.prompt_ids)
-        calls[-1].append(request)
-    return calls

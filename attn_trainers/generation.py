@@ -20,7 +20,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
-from .evaluation_sampling import whole_prompt_calls
+from .engine import whole_prompt_calls
 
 
 logger = logging.getLogger(__name__)
