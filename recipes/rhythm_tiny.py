@@ -6,8 +6,8 @@ A noisy teacher warm-starts a small Qwen2 (cached in `--cache_dir`); every arm t
 same order and is evaluated on held-out problems. Runs follow one another in one process and sample with transformers,
 since a vLLM engine would take longer to start than a run takes. Each finished run is a line in `results.jsonl`; what
 is there is not run again, so that the comparison can be cut off (`--max_minutes`) and gone on with. `results.md` and
-`results.png` hold the table and the picture. The model of the best run of all is left in the output folder with its
-card, and pushed with `--push_to_hub`.
+`results.png` hold the table and the picture. At its end a launch leaves the model of its best run there too, with a
+card, if that run beats all earlier ones, and pushes it with `--push_to_hub`.
 
     python recipes/rhythm_tiny.py --arms none random coupled --seeds 0 1 2 3 4 --learning_rate 1e-4
 """
