@@ -12,8 +12,8 @@ import json
 import time
 from pathlib import Path
 
-from attn_trainers import rewards
-from attn_trainers.grading import TIMEOUT, shared_pool
+from attn_trainers.rewards import math as rewards
+from attn_trainers.rewards.pool import TIMEOUT, shared_pool
 
 
 def measure(name: str, grade, count: int):

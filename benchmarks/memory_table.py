@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from transformers import Qwen2Config, Qwen3Config
 
-from attn_trainers.memory import DEVICE_OVERHEAD, GIB, ModelShape, Sharding, TrainingSetup, estimate_memory
+from attn_trainers.launch.memory import DEVICE_OVERHEAD, GIB, ModelShape, Sharding, TrainingSetup, estimate_memory
 from attn_trainers.tables import markdown_table
 
 

@@ -21,7 +21,7 @@ from trl import ModelConfig
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
 from attn_trainers.attnpo.rewards import closed_thinking_accuracy_reward
-from attn_trainers.launch import HAS_CUDA, MathScriptArguments, parse, train
+from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse, train
 
 
 @dataclass

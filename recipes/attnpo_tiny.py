@@ -23,17 +23,17 @@ from transformers import set_seed
 from trl import TrlParser
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
-from attn_trainers.arithmetic import RECHECK, Problem, prompt_messages
-from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads
-from attn_trainers.attnpo.head_pictures import plot_ensembles, plot_head_map
-from attn_trainers.attnpo.labels import ESSENTIAL, REDUNDANT
+from attn_trainers.attnpo.discovery.labels import ESSENTIAL, REDUNDANT
+from attn_trainers.attnpo.discovery.pictures import plot_ensembles, plot_head_map
+from attn_trainers.attnpo.discovery.run import DiscoveryArguments, discover_heads
 from attn_trainers.attnpo.steps import split_paragraphs
-from attn_trainers.evaluation_sampling import SampleRequest, SamplingSettings, sample_with_transformers
-from attn_trainers.hub import CardNotes, public_command, publish
-from attn_trainers.launch import HAS_CUDA
-from attn_trainers.reports import plot_curves
+from attn_trainers.base.card import CardNotes, public_command, publish
+from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.plots import plot_curves
+from attn_trainers.sampling.requests import SampleRequest, SamplingSettings, sample_with_transformers
 from attn_trainers.tables import markdown_table
-from attn_trainers.tiny import (
+from attn_trainers.tiny.arithmetic import RECHECK, Problem, prompt_messages
+from attn_trainers.tiny.runs import (
     HeldOutResult,
     Stopwatch,
     TinyArguments,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from trl import ModelConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from attn_trainers.launch import HAS_CUDA, MathScriptArguments, parse, train
+from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse, train
 from attn_trainers.rewards import math_accuracy_reward
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from trl import TrlParser
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
+from attn_trainers.attnrl.pictures import plot_trees
 from attn_trainers.attnrl.rollouts import PromptRollouts
-from attn_trainers.hub import CardNotes, public_command, publish
-from attn_trainers.launch import HAS_CUDA
-from attn_trainers.reports import plot_curves, plot_trees
+from attn_trainers.base.card import CardNotes, public_command, publish
+from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
-from attn_trainers.tiny import (
+from attn_trainers.tiny.runs import (
     Stopwatch,
     TinyArguments,
     evaluate_held_out,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from attn_trainers.evaluation import comparison_table, summary_table
-from attn_trainers.evaluation_run import EvaluationArguments, compare_runs, evaluate
-from attn_trainers.hub import public_command, write_evaluation
+from attn_trainers.base.card import public_command, write_evaluation
+from attn_trainers.evaluation.run import EvaluationArguments, compare_runs, evaluate
+from attn_trainers.evaluation.statistics import comparison_table, summary_table
 
 
 @dataclass

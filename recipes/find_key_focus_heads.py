@@ -14,8 +14,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from attn_trainers.attnpo.discovery import DiscoveryArguments, discover_heads
-from attn_trainers.attnpo.head_pictures import plot_ensembles, plot_head_map
+from attn_trainers.attnpo.discovery.pictures import plot_ensembles, plot_head_map
+from attn_trainers.attnpo.discovery.run import DiscoveryArguments, discover_heads
 
 
 def main(args: DiscoveryArguments) -> None:

@@ -18,29 +18,29 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-from attn_trainers.arithmetic import sample_problems
 from attn_trainers.attnpo.heads import KNOWN_HEADS, resolve_heads
 from attn_trainers.attnpo.steps import split_paragraphs, split_reasoning
 from attn_trainers.attnrl.steps import StepDelimiters
-from attn_trainers.evaluation_sampling import (
-    SampleRequest,
-    SamplingSettings,
-    load_model,
-    sample_with_transformers,
-    tokenizer_of,
-)
-from attn_trainers.inspection import (
+from attn_trainers.inspection.measure import (
     InspectedResponse,
     InspectionSettings,
     find_receiver_heads,
     inspect_response,
     summarise_couplings,
 )
-from attn_trainers.inspection_page import STATISTIC_HEADER, page, plot_couplings, plot_response, statistic_rows
-from attn_trainers.launch import prompt_for
+from attn_trainers.inspection.page import STATISTIC_HEADER, page, plot_couplings, plot_response, statistic_rows
 from attn_trainers.rewards import math_accuracy
+from attn_trainers.sampling.problems import prompt_for
+from attn_trainers.sampling.requests import (
+    SampleRequest,
+    SamplingSettings,
+    load_model,
+    sample_with_transformers,
+    tokenizer_of,
+)
 from attn_trainers.tables import markdown_table
-from attn_trainers.tiny import HELD_OUT_SEED, TinyArguments, prepare
+from attn_trainers.tiny.arithmetic import sample_problems
+from attn_trainers.tiny.runs import HELD_OUT_SEED, TinyArguments, prepare
 
 
 logger = logging.getLogger(__name__)

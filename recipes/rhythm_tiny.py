@@ -24,10 +24,10 @@ from transformers import PrinterCallback
 from trl import TrlParser
 
 from attn_trainers import RhythmConfig, RhythmTrainer
-from attn_trainers.hub import CardNotes, public_command, publish
-from attn_trainers.launch import HAS_CUDA
+from attn_trainers.base.card import CardNotes, public_command, publish
+from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.tables import markdown_table
-from attn_trainers.tiny import TinyArguments, evaluate_held_out, exact_answer_reward, prepare, to_dataset
+from attn_trainers.tiny.runs import TinyArguments, evaluate_held_out, exact_answer_reward, prepare, to_dataset
 
 
 matplotlib.use("Agg")

@@ -4,25 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from attn_trainers.attention.capture import (
-    AttentionObserver,
-    LayerAttention,
-    decoder_of,
-    forward_for_attention,
-    observe_attention,
-)
-from attn_trainers.attention.rhythm import (
-    Head,
-    Horizon,
-    RhythmObserver,
-    RhythmProfile,
-    RhythmSignals,
-    combine_heads,
-    mean_backward_span,
-    middle_layers,
-    rank_heads,
-)
-from attn_trainers.attention.signals import InfluenceObserver, KeyFocusObserver
+from .capture import AttentionObserver, LayerAttention, decoder_of, forward_for_attention, observe_attention
+from .heads import Head, middle_layers, rank_heads
+from .observers import InfluenceObserver, KeyFocusObserver
+from .rhythm import Horizon, RhythmObserver, RhythmProfile, RhythmSignals, combine_heads, mean_backward_span
 
 
 __all__ = [

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_trainers.attention.capture import LayerAttention
-from attn_trainers.attention.pooling import SCORE_BUDGET, fused_attention, membership, row_weights
-from attn_trainers.attention.signals import BatchObserver, check_positions
+from .capture import LayerAttention
+from .heads import Head
+from .observers import BatchObserver, check_positions
+from .pooling import SCORE_BUDGET, fused_attention, membership, row_weights
 
 
-Head = tuple[int, int]
 Horizon = tuple[int, int | None]
 
 BAND = 128
@@ -63,43 +63,10 @@ class RhythmSignals:
     mean_backward_span: Tensor
 
 
-def middle_layers(num_layers: int) -> list[int]:
-    """Five evenly spaced layers of the middle third (section 5.1), both ends included; fewer in small models.
-
-    Raises:
-        ValueError: for less than one layer.
-    """
-    if num_layers < 1:
-        raise ValueError(f"num_layers={num_layers}: a model has at least one layer.")
-    low, high = num_layers // 3, 2 * num_layers // 3
-    return sorted({min(math.floor(low + (high - low) * i / 4 + 0.5), num_layers - 1) for i in range(5)})
-
-
 def mean_backward_span(profiles: Sequence[RhythmProfile]) -> Tensor:
     """d of every candidate head over all response tokens of the given sequences, each weighing the same: (C,)."""
     tokens = sum(profile.waad.shape[-1] for profile in profiles)
     return torch.stack([profile.span_sum for profile in profiles]).sum(dim=0) / max(tokens, 1)
-
-
-def rank_heads(span: Tensor, heads: Sequence[Head], fraction: float = 0.3) -> tuple[list[Head], list[Head]]:
-    """The `fraction` of heads with the shortest and with the longest mean backward span (section 4.1).
-
-    Args:
-        span: (C,) mean backward span.
-        heads: the C heads, ascending; ties in span keep this order.
-        fraction: share of the heads in each set, at least one head.
-
-    Returns:
-        Local heads and global heads, each ascending by span.
-
-    Raises:
-        ValueError: for a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"head_fraction={fraction}: give a share above 0 and up to 1 (the paper uses 0.3).")
-    order = torch.argsort(span, stable=True).tolist()
-    count = max(1, math.floor(fraction * len(order) + 1e-9))
-    return [heads[i] for i in order[:count]], [heads[i] for i in order[-count:]]
 
 
 def combine_heads(profile: RhythmProfile, local_heads: Sequence[Head], global_heads: Sequence[Head]) -> RhythmSignals:
@@ -299,3 +266,20 @@ def _add_whole_rows(
         sums.span += (weights * distance).sum(dim=(1, 2))
         sums.add(weights, distance, rows)
         first = rows.stop
+
+
+def peaks(values: Tensor, fraction: float = 0.3) -> Tensor:
+    """Mask (n,) of local maxima of (n,) that lie in the response's top `fraction`.
+
+    t is a peak if x_t > x_{t-1}, x_t >= x_{t+1} and x_t is at least the (1 - fraction) quantile; beyond the ends and
+    where undefined (NaN) x counts as -inf. Independent noise has 21.9 % peaks.
+    """
+    defined = ~values.isnan()
+    if not defined.any():
+        return torch.zeros_like(values, dtype=torch.bool)
+    values = values.double()
+    threshold = torch.nanquantile(values, 1.0 - fraction)
+    edge = values.new_full((1,), -math.inf)
+    padded = torch.cat([edge, values.masked_fill(~defined, -math.inf), edge])  # (n + 2,)
+    centre = padded[1:-1]
+    return defined & (centre > padded[:-2]) & (centre >= padded[2:]) & (centre >= threshold)

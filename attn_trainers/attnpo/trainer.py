@@ -11,14 +11,15 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from ..attention import KeyFocusObserver, decoder_of
-from ..checkpoints import read_state, write_state
-from ..credit_trainer import AttentionCreditTrainer, CompletionBatch
+from ..base.checkpoints import read_state, write_state
+from ..base.credit import AttentionCreditTrainer, CompletionBatch
 from .alignment import reasoning_step_ranges
 from .config import AttnPOConfig
 from .credit import baseline_score, length_penalised_rewards, rloo_advantages, step_scales, token_factors
 from .heads import Head, resolve_heads
-from .metrics import ScoredResponse, credit_totals, group_metrics
-from .report import write_response_page, write_responses
+from .metrics import credit_totals, group_metrics
+from .page import write_response_page, write_responses
+from .responses import ScoredResponse
 from .steps import ReasoningPhrases, count_phrases, split_paragraphs, split_reasoning
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from ..checkpoints import check_save_interval
+from ..base.checkpoints import check_save_interval
 
 
 _CRITERIA = ("attention", "entropy", "random", "first_steps")

@@ -9,8 +9,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ..attention import InfluenceObserver, observe_attention
-from .batch import TrainingRow, collate
 from .rollouts import PromptRollouts, Rollout
+from .rows import TrainingRow, collate
 from .steps import segment_steps
 
 

@@ -7,8 +7,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .batch import TrainingRow
 from .rollouts import PromptRollouts
+from .rows import TrainingRow
 
 
 COUNTERS = ("samples", "generated_tokens", "missing_sampling_logps", "unscorable")

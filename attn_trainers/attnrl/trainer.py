@@ -13,28 +13,15 @@ from datasets import IterableDataset
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
-from ..base_trainer import BaseTrainer
-from ..checkpoints import read_state, write_state
-from ..generation import GenerationRequest, count_missing_logps
+from ..base.checkpoints import read_state, write_state
+from ..base.generation import GenerationRequest, count_missing_logps
+from ..base.trainer import BaseTrainer
 from . import metrics
-from .batch import (
-    TrainingRow,
-    arrange_rows,
-    collate,
-    fit_capacity,
-    importance_sampling_ratio,
-    prompt_rows,
-)
 from .config import AttnRLConfig
-from .exploration import (
-    PromptBatchController,
-    RunningMean,
-    choose_branch_points,
-    choose_expanded,
-    filter_easy_prompts,
-)
+from .exploration import PromptBatchController, RunningMean, choose_branch_points, choose_expanded, filter_easy_prompts
 from .forwards import ForwardMixin
 from .rollouts import Continuation, Draw, PromptRollouts, PromptStream, Rollout, to_array
+from .rows import TrainingRow, arrange_rows, collate, fit_capacity, importance_sampling_ratio, prompt_rows
 from .steps import StepDelimiters
 
 

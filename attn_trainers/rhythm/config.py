@@ -4,14 +4,8 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
-from ..checkpoints import check_save_interval
-from .credit import (
-    BOTTOM_SCHEMES,
-    PRESET_FAI_HORIZON,
-    PRESET_GAMMA_SIGN,
-    SCHEMES,
-    CreditOptions,
-)
+from ..base.checkpoints import check_save_interval
+from .credit import BOTTOM_SCHEMES, PRESET_FAI_HORIZON, PRESET_GAMMA_SIGN, SCHEMES, CreditOptions
 from .reward import RhythmRewardOptions
 
 

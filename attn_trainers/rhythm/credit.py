@@ -321,32 +321,3 @@ def apply_sign(factors: Tensor, advantage: Tensor | float, gamma_sign: str = "bo
     advantage = torch.as_tensor(advantage, device=factors.device)
     scaled = advantage > 0 if gamma_sign == "pos" else advantage < 0
     return torch.where(scaled, factors, torch.ones_like(factors))
-
-
-def credit_metrics(
-    waad: Tensor,
-    fai: Tensor,
-    factors: Tensor,
-    scheme: str = "coupled",
-    *,
-    eligible: Tensor | None = None,
-    **options,
-) -> dict[str, float]:
-    """What to watch of one response's credit: shares of its n tokens and the mean factor.
-
-    `dominated_share` and `intro_share` are |D|/n and |I(D)|/n under the scheme's selection, also where it does not use
-    them. On independent noise with the default options: mean factor 1.194 (coupled), |D|/n 0.15, |I(D)|/n 0.13.
-
-    Raises:
-        ValueError: for an empty response.
-    """
-    if len(factors) == 0:
-        raise ValueError("factors has shape (0,): leave empty responses out of the metrics")
-    settings, largest = CreditOptions.from_keywords(options), not scheme.endswith("_bottom")
-    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
-    return {
-        "amplified_share": (factors > 1).double().mean().item(),
-        "mean_factor": factors.double().mean().item(),
-        "dominated_share": sets.dominated.double().mean().item(),
-        "intro_share": sets.intro.double().mean().item(),
-    }

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attn_trainers.attention import Head, RhythmProfile, rank_heads
-from attn_trainers.rhythm.observer import HeadSets
+from ..attention import Head, RhythmProfile, rank_heads
+from ..attention.heads import HeadSets
 
 
 @dataclass

@@ -5,11 +5,11 @@ Reference for random input with the default options: `mean_factor` 1.194, `domin
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from attn_trainers.rhythm.analysis import jaccard
-from attn_trainers.rhythm.credit import CreditOptions, credit_metrics
-from attn_trainers.rhythm.observer import HeadSets
+from ..attention.heads import HeadSets, jaccard
+from .credit import CreditOptions, credit_sets
 
 
 Totals = dict[str, tuple[float, float]]
@@ -67,3 +67,48 @@ def measure_totals(measures: Sequence[tuple[Tensor, Tensor] | None], fai: Sequen
     """Mean breadth and level of FAI in the rhythm reward's heads: a drift means that the reward is being gamed."""
     breadth = [measure[0] for measure in measures if measure is not None]
     return {"reward/breadth_mean": mean_of_defined(breadth), "reward/fai_mean": mean_of_defined(fai)}
+
+
+def rhythm_metrics(means: Tensor, correct: Tensor, lengths: Tensor, chunks: Tensor) -> dict[str, float]:
+    """What to watch of a batch's rhythm: values by correctness, correlations, chunk density; NaN where not defined.
+
+    Args:
+        means: (B,) Rbar. correct: (B,) boolean. lengths: (B,) tokens. chunks: (B,) number of chunks.
+    """
+    means, lengths, correct = means.double(), lengths.double(), correct.bool()
+    return {
+        "reward_correct": means[correct].mean().item(),
+        "reward_wrong": means[~correct].mean().item(),
+        "correlation_correct": torch.corrcoef(torch.stack([means, correct.double()]))[0, 1].item(),
+        "correlation_length": torch.corrcoef(torch.stack([means, lengths]))[0, 1].item(),
+        "chunks_per_100_tokens": (100 * chunks.sum() / lengths.sum()).item(),
+    }
+
+
+def credit_metrics(
+    waad: Tensor,
+    fai: Tensor,
+    factors: Tensor,
+    scheme: str = "coupled",
+    *,
+    eligible: Tensor | None = None,
+    **options,
+) -> dict[str, float]:
+    """What to watch of one response's credit: shares of its n tokens and the mean factor.
+
+    `dominated_share` and `intro_share` are |D|/n and |I(D)|/n under the scheme's selection, also where it does not use
+    them. On independent noise with the default options: mean factor 1.194 (coupled), |D|/n 0.15, |I(D)|/n 0.13.
+
+    Raises:
+        ValueError: for an empty response.
+    """
+    if len(factors) == 0:
+        raise ValueError("factors has shape (0,): leave empty responses out of the metrics")
+    settings, largest = CreditOptions.from_keywords(options), not scheme.endswith("_bottom")
+    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
+    return {
+        "amplified_share": (factors > 1).double().mean().item(),
+        "mean_factor": factors.double().mean().item(),
+        "dominated_share": sets.dominated.double().mean().item(),
+        "intro_share": sets.intro.double().mean().item(),
+    }

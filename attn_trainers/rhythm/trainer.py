@@ -10,15 +10,18 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from ..attention import RhythmProfile, combine_heads, decoder_of, middle_layers
-from ..checkpoints import read_state, write_state
-from ..credit_trainer import AttentionCreditTrainer, CompletionBatch
+from ..attention.heads import HeadSets
+from ..base.checkpoints import read_state, write_state
+from ..base.credit import AttentionCreditTrainer, CompletionBatch
 from . import metrics
+from .advantages import combine_advantages
 from .config import RhythmConfig
 from .credit import apply_sign, credit_factors
 from .heads import HeadCalibration, PooledSpans
-from .observer import HeadSets, RewardObserver, SignalObserver
-from .reward import RhythmReward, combine_advantages, rhythm_metrics, rhythm_reward
-from .tokens import TokenTexts
+from .metrics import rhythm_metrics
+from .observers import RewardObserver, SignalObserver
+from .reward import RhythmReward, rhythm_reward
+from .token_texts import TokenTexts
 
 
 class RhythmTrainer(AttentionCreditTrainer):

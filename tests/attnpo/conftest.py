@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from attn_trainers.arithmetic import Problem, build_model, build_tokenizer, prompt_messages, sample_problems
+from attn_trainers.tiny.arithmetic import Problem, build_model, build_tokenizer, prompt_messages, sample_problems
 
 
 @dataclass

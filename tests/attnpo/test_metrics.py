@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attn_trainers.attnpo.alignment import StepAlignment
-from attn_trainers.attnpo.metrics import ScoredResponse, credit_totals, group_metrics
+from attn_trainers.attnpo.metrics import credit_totals, group_metrics
+from attn_trainers.attnpo.responses import ScoredResponse
 
 
 def test_group_metrics_in_closed_form():

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
-from attn_trainers.arithmetic import build_model, prompt_messages, sample_problems
-from attn_trainers.tiny import exact_answer_reward
+from attn_trainers.tiny.arithmetic import build_model, prompt_messages, sample_problems
+from attn_trainers.tiny.runs import exact_answer_reward
 
 
 HEADS = [[0, 1], [1, 0]]

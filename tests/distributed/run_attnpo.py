@@ -11,8 +11,8 @@ from common import SETTINGS, history, odd_sum, run, train_and_save
 from transformers import PreTrainedTokenizerFast
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
-from attn_trainers.arithmetic import sample_problems, write_solution
-from attn_trainers.tiny import exact_answer_reward, to_dataset
+from attn_trainers.tiny.arithmetic import sample_problems, write_solution
+from attn_trainers.tiny.runs import exact_answer_reward, to_dataset
 
 
 GROUP = 4

@@ -13,8 +13,8 @@ from common import SETTINGS, history, odd_sum, run, train_and_save
 from transformers import PreTrainedTokenizerFast
 
 from attn_trainers import RhythmConfig, RhythmTrainer
-from attn_trainers.arithmetic import sample_problems
-from attn_trainers.tiny import to_dataset
+from attn_trainers.tiny.arithmetic import sample_problems
+from attn_trainers.tiny.runs import to_dataset
 
 
 GROUP = 4

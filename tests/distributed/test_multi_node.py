@@ -11,10 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from attn_trainers.interruption import SEAL, last_whole_checkpoint
-
-
-ROOT = Path(__file__).resolve().parents[2]
+from attn_trainers.base.interruption import SEAL, last_whole_checkpoint
+from tests.helpers import ROOT
 
 
 def free_port() -> int:

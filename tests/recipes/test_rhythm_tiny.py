@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers import ROOT
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "rhythm_tiny.py"
+
+RECIPE = ROOT / "recipes" / "rhythm_tiny.py"
 
 
 @pytest.fixture(scope="module")

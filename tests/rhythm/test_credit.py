@@ -14,11 +14,11 @@ from attn_trainers.rhythm.credit import (
     CreditOptions,
     apply_sign,
     credit_factors,
-    credit_metrics,
     credit_sets,
     top_tokens,
     waad_delta,
 )
+from attn_trainers.rhythm.metrics import credit_metrics
 
 
 NAN = math.nan

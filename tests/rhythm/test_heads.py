@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attn_trainers.attention import RhythmProfile
+from attn_trainers.attention.heads import HeadSets
 from attn_trainers.rhythm.heads import HeadCalibration, PooledSpans
-from attn_trainers.rhythm.observer import HeadSets
 
 
 HEADS = [(1, 0), (1, 1), (2, 0), (2, 1)]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from attn_trainers.attention.heads import HeadSets
 from attn_trainers.rhythm.credit import CreditOptions, credit_factors, credit_sets
 from attn_trainers.rhythm.metrics import factor_totals, head_overlap, mean_of_defined, measure_totals, set_totals
-from attn_trainers.rhythm.observer import HeadSets
 
 
 def test_factor_totals():

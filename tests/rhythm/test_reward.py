@@ -7,19 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_trainers.rhythm.credit import anchor_tokens
-from attn_trainers.rhythm.reward import (
-    RhythmRewardOptions,
+from attn_trainers.rhythm.advantages import combine_advantages
+from attn_trainers.rhythm.attention_rows import (
     attention_row_blocks,
     breadth_and_concentration,
-    chunk_starts,
-    combine_advantages,
-    rhythm_metrics,
-    rhythm_reward,
     row_breadth,
     row_concentration,
-    unit_ranks,
 )
+from attn_trainers.rhythm.credit import anchor_tokens
+from attn_trainers.rhythm.metrics import rhythm_metrics
+from attn_trainers.rhythm.reward import RhythmRewardOptions, chunk_starts, rhythm_reward, unit_ranks
 
 
 NAN = math.nan

@@ -9,11 +9,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from attn_trainers import RhythmConfig, RhythmTrainer, credit_trainer
+from attn_trainers import RhythmConfig, RhythmTrainer
 from attn_trainers.attention import rhythm_signals
+from attn_trainers.base import credit as credit_trainer
 from attn_trainers.rhythm import trainer as trainer_module
+from attn_trainers.rhythm.attention_rows import ANCHOR_FRACTION, row_breadth, row_concentration
 from attn_trainers.rhythm.credit import anchor_tokens, credit_factors, top_tokens
-from attn_trainers.rhythm.reward import ANCHOR_FRACTION, rhythm_reward, row_breadth, row_concentration
+from attn_trainers.rhythm.reward import rhythm_reward
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}

@@ -1,0 +1,279 @@
+"""Completions of arbitrary prefixes, each with a length limit of its own, through vLLM colocate or transformers.
+
+TRL's `VLLMGeneration.generate` builds one `SamplingParams` for all prompts. Branching needs one per request, since a
+continuation may only use what its prefix left of the completion budget. `GenerationMixin` adds that to a
+`GRPOTrainer`, and with it a weight sync that is right on GPU and CPU.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from trl.extras.profiling import profiling_context
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
+
+from ..sampling.vllm import whole_prompt_calls
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sample to draw.
+
+    Attributes:
+        prompt_ids: tokens to continue: a prompt, or a prompt with the head of a completion.
+        max_tokens: tokens to sample at most, at least 1.
+        seed: makes this sample repeatable whatever else is in the batch (vLLM only; `None` leaves it to the engine).
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """What was sampled for one request.
+
+    Attributes:
+        token_ids: sampled tokens, EOS included where it was sampled.
+        logps: the sampler's log-probability of each sampled token, NaN where it had none; `None` if the backend
+            reports none (transformers).
+    """
+
+    token_ids: list[int]
+    logps: list[float] | None
+
+
+def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
+    """Push the trainer's weights to vLLM.
+
+    On a GPU and for a server this is TRL's own sync. vLLM's CPU backend packs the weights of its linear layers and
+    drops the originals, so that weights cannot be written into it one by one: there the layers are loaded anew and
+    packed again.
+    """
+    on_cpu = vllm_generation.accelerator.device.type == "cpu"
+    if vllm_generation.mode != "colocate" or not on_cpu:
+        vllm_generation.sync_weights()
+        return
+    runner = vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
+    # A tied output head has no weights of its own to load, which is reported as a failure at each sync.
+    reload_logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    level = reload_logger.level
+    reload_logger.setLevel(logging.ERROR)
+    try:
+        runner.reload_weights(weights_iterator=vllm_generation._iter_named_params())
+    finally:
+        reload_logger.setLevel(level)
+    _repack_tied_head(runner.get_model())
+    vllm_generation.llm.reset_prefix_cache()
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """Pack a tied output head again: it shares the embedding's weights, but multiplies by a packed copy of its own."""
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if head is None or embedding is None or head is embedding:
+        return
+    if head.weight.data_ptr() == embedding.weight.data_ptr():
+        head.quant_method.process_weights_after_loading(head)
+
+
+def sampled_logps(output) -> list[float]:
+    """Log-probability of each sampled token of a vLLM `CompletionOutput`.
+
+    vLLM lists the sampled token among the top ones, ordered by rank: it is found by its id, so that asking for more
+    log-probs changes nothing.
+    """
+    return [logprobs[token_id].logprob for token_id, logprobs in zip(output.token_ids, output.logprobs, strict=True)]
+
+
+def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
+    """Sample every request in one vLLM call. The engine must be awake; sampling settings are the trainer's.
+
+    Under tensor parallelism all ranks of a group run the group's requests together, each keeps its own.
+    """
+    from vllm import SamplingParams
+
+    settings = {
+        "n": 1,
+        "repetition_penalty": vllm_generation.repetition_penalty,
+        "temperature": vllm_generation.temperature,
+        "top_p": vllm_generation.top_p,
+        "top_k": vllm_generation.top_k,
+        "min_p": vllm_generation.min_p or 0.0,
+        "logprobs": vllm_generation.logprobs,
+        "detokenize": False,
+    } | vllm_generation.generation_kwargs
+    first, all_requests = 0, list(requests)
+    if vllm_generation.tensor_parallel_size > 1:
+        gathered = [None] * vllm_generation.tensor_parallel_size
+        torch.distributed.all_gather_object(gathered, list(requests), group=vllm_generation.tp_group)
+        rank = torch.distributed.get_rank(group=vllm_generation.tp_group)
+        first = sum(map(len, gathered[:rank]))
+        all_requests = [request for part in gathered for request in part]
+    if not all_requests:
+        return []
+    outputs = []
+    for call in engine_calls(vllm_generation, all_requests):
+        outputs += vllm_generation.llm.generate(
+            [{"prompt_token_ids": request.prompt_ids} for request in call],
+            sampling_params=[
+                SamplingParams(**(settings | {"max_tokens": request.max_tokens, "seed": request.seed}))
+                for request in call
+            ],
+            use_tqdm=False,
+        )
+    outputs = [output.outputs[0] for output in outputs[first : first + len(requests)]]
+    return [GeneratedTokens(list(output.token_ids), sampled_logps(output)) for output in outputs]
+
+
+def engine_calls(
+    vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]
+) -> list[Sequence[GenerationRequest]]:
+    """The requests of each call to the engine: all in one, but for seeded requests on a CPU."""
+    on_cpu = vllm_generation.accelerator.device.type == "cpu"
+    if not on_cpu or all(request.seed is None for request in requests):
+        return [requests]
+    return whole_prompt_calls(vllm_generation.llm, requests)
+
+
+class _TokenBudget(StoppingCriteria):
+    """Ends each row at its own limit of new tokens."""
+
+    def __init__(self, prompt_width: int, limits: torch.Tensor):
+        self.prompt_width = prompt_width
+        self.limits = limits  # (B,)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return (input_ids.shape[1] - self.prompt_width) >= self.limits.to(input_ids.device)
+
+
+def cut_completion(token_ids: Sequence[int], max_tokens: int, eos_token_ids: Sequence[int]) -> list[int]:
+    """Tokens up to the limit and up to the first EOS, which is kept."""
+    tokens = list(token_ids[:max_tokens])
+    for position, token in enumerate(tokens):
+        if token in eos_token_ids:
+            return tokens[: position + 1]
+    return tokens
+
+
+class GenerationMixin:
+    """Generation with per-request limits, for a `GRPOTrainer` subclass (named before it in the bases)."""
+
+    def __init__(self, *args, **kwargs):
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take half of the memory
+        super().__init__(*args, **kwargs)
+
+    def _sync_vllm_if_stale(self) -> None:
+        """Push the weights if they changed since the last push, or if vLLM's sleep discarded them."""
+        engine = self.vllm_generation
+        asleep = engine.mode == "colocate" and engine.enable_sleep_mode and engine._llm_weights_sleeping
+        if asleep or self.state.global_step != self._last_loaded_step:
+            with profiling_context(self, "sync_weights"):
+                sync_vllm_weights(engine)
+            self._last_loaded_step = self.state.global_step
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self.use_vllm:
+            self._sync_vllm_if_stale()  # the parent then finds the weights fresh
+        return super()._generate_single_turn(
+            prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+        )
+
+    @contextmanager
+    def _vllm_awake(self) -> Iterator[VLLMGeneration]:
+        """One wake/sleep bracket with current weights around everything generated in it."""
+        engine = self.vllm_generation
+        self._sync_vllm_if_stale()
+        if engine.enable_sleep_mode:
+            engine.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield engine
+        finally:
+            if engine.enable_sleep_mode:
+                engine.llm.sleep(level=2)
+                engine._llm_weights_sleeping = True
+
+    def generate_requests(self, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
+        """Sample this rank's requests, in their order. Every rank must call it, also without a request.
+
+        Raises:
+            ValueError: if a request leaves no room for a token.
+        """
+        for request in requests:
+            if request.max_tokens < 1:
+                raise ValueError(
+                    f"max_tokens={request.max_tokens} leaves nothing to generate; a request needs at least 1."
+                )
+        if self.use_vllm:
+            with self._vllm_awake() as engine, profiling_context(self, "vLLM.generate"):
+                return vllm_generate(engine, requests)
+        return self._transformers_generate(requests)
+
+    def _transformers_generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
+        """Sample with `model.generate`, in chunks of like prompt length, as many chunks on every rank."""
+        chunk_size = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        chunks = [order[start : start + chunk_size] for start in range(0, len(order), chunk_size)]
+        num_chunks = self._max_over_ranks(len(chunks))
+        results: list[GeneratedTokens | None] = [None] * len(requests)
+        idle = GenerationRequest([self._tokenizer.eos_token_id], max_tokens=1)
+        for chunk in chunks + [[]] * (num_chunks - len(chunks)):
+            tokens = self._transformers_generate_chunk([requests[i] for i in chunk] or [idle])
+            for i, token_ids in zip(chunk, tokens, strict=False):  # an idle chunk's token is nobody's
+                results[i] = GeneratedTokens(token_ids, None)
+        return results
+
+    def _transformers_generate_chunk(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        prompts = [torch.tensor(request.prompt_ids) for request in requests]
+        limits = torch.tensor([request.max_tokens for request in requests])  # (B,)
+        device = self.accelerator.device
+        input_ids = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
+        attention_mask = pad([torch.ones_like(p) for p in prompts], padding_value=0, padding_side="left").to(device)
+        config = copy(self.generation_config)
+        config.max_new_tokens = int(limits.max())
+        budget = _TokenBudget(input_ids.shape[1], limits)
+        with (
+            profiling_context(self, "transformers.generate"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([budget]),
+            )
+        new_tokens = output[:, input_ids.shape[1] :].tolist()
+        return [
+            cut_completion(tokens, request.max_tokens, self.eos_token_ids)
+            for tokens, request in zip(new_tokens, requests, strict=True)
+        ]
+
+    def _max_over_ranks(self, value: int) -> int:
+        """Largest value on any rank; a collective."""
+        return int(self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max())
+
+
+def count_missing_logps(completions: Sequence[GeneratedTokens]) -> int:
+    """Tokens for which the sampler gave no usable log-probability (NaN)."""
+    return sum(math.isnan(logp) for completion in completions for logp in completion.logps or ())

@@ -1,0 +1,356 @@
+r"""Evaluation of a model on benchmark files: prompts, sampling by vLLM or transformers, grading, resume, report.
+
+Each completion has a seed of its own, derived from the run's seed, the problem and the sample: a run that was cut off
+draws what is missing and ends as an uninterrupted one would, up to how a backend's floats depend on the other rows of
+a batch.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from statistics import fmean
+
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..rewards import math_accuracy_reward
+from ..sampling.problems import STEP_BY_STEP, load_problems, prompt_token_ids, request_seed
+from ..sampling.requests import (
+    SampleRequest,
+    SamplingSettings,
+    count_thinking_tokens,
+    end_token_ids,
+    resolve_backend,
+    sample_with_transformers,
+    sample_with_vllm,
+    tokenizer_of,
+)
+from .statistics import (
+    Comparison,
+    CompletionRecord,
+    Summary,
+    accuracy_per_problem,
+    by_problem,
+    default_num_samples,
+    paired_bootstrap,
+    summarize,
+    summary_table,
+)
+
+
+_GRADED_TOGETHER = 64  # completions that wait for grading; as many are drawn again after a crash
+_SETTINGS_FILE = "settings.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, and how."""
+
+    model: str | None = field(default=None, metadata={"help": "Local folder or Hub id of a model or a LoRA adapter."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub model; by default its main branch."}
+    )
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSONL files or Hub data sets (id or id:split; else split test)."},
+    )
+    output: str = field(default="runs/evaluation", metadata={"help": "Folder of completions and report."})
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Compare two finished output folders instead of evaluating."}
+    )
+    num_samples: int | None = field(
+        default=None,
+        metadata={"help": "Completions per problem; by default 32 for aime24, aime25 and amc23, 4 for the others."},
+    )
+    pass_at: list[int] | None = field(
+        default=None, metadata={"help": "Values of k for pass@k; by default powers of two up to num_samples."}
+    )
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "vllm, transformers, or auto (vllm where it is installed).",
+            "choices": ["auto", "vllm", "transformers"],
+        },
+    )
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 decodes greedily."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold."})
+    max_new_tokens: int = field(default=32768, metadata={"help": "Token limit of a completion."})
+    seed: int = field(default=0, metadata={"help": "Seed of sampling and bootstrap."})
+    prompt_template: str = field(
+        default=STEP_BY_STEP, metadata={"help": "User message; {problem} stands for the problem."}
+    )
+    problem_column: str = field(default="problem", metadata={"help": "Column of the problem texts."})
+    answer_column: str = field(default="answer", metadata={"help": "Column of the answers."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+    batch_size: int = field(default=16, metadata={"help": "Completions per batch (transformers only)."})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of GPU memory that vLLM takes."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that vLLM spreads the model over."})
+
+    def __post_init__(self):
+        if self.compare:
+            if len(self.compare) != 2:
+                raise ValueError(f"compare={self.compare} names {len(self.compare)} folders; give two.")
+            return
+        if not self.model or not self.data:
+            raise ValueError(f"model={self.model!r}, data={self.data}: set both, or compare two output folders.")
+        if self.revision is not None and Path(self.model).is_dir():
+            raise ValueError(f"revision={self.revision!r} is set, but {self.model} is a local folder; remove it.")
+        names = [data_name(source) for source in self.data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data={self.data} has two sources of one name; rename a file.")
+        if "{problem}" not in self.prompt_template:
+            raise ValueError(f"prompt_template={self.prompt_template!r} has no {{problem}}; add it for the problem.")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; raise it.")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples={self.num_samples} is below 1; raise it.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative; use 0 for greedy decoding.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is outside (0, 1]; use 1.0 to keep all tokens.")
+        for source in self.data:
+            for k in self.pass_at or []:
+                if not 1 <= k <= self.samples_of(source):
+                    raise ValueError(
+                        f"pass_at={k} is outside 1..{self.samples_of(source)}, the samples per problem of "
+                        f"{data_name(source)}; raise num_samples or lower pass_at."
+                    )
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(**{f.name: getattr(self, f.name) for f in fields(SamplingSettings)})
+
+    def samples_of(self, source: str) -> int:
+        return self.num_samples if self.num_samples is not None else default_num_samples(data_name(source))
+
+
+def data_name(source: str) -> str:
+    """Name of a data source in file names and tables: the file's stem, or the Hub id's last part without the split."""
+    return Path(source.split(":")[0] if not source.endswith((".jsonl", ".json")) else source).stem
+
+
+# Files and resume ------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> tuple[list[CompletionRecord], int]:
+    """Records of a JSONL file, and how many unfinished last lines (0 or 1) were dropped.
+
+    A line that a crash cut off is also removed from the file, so that the next one starts on a line of its own.
+
+    Raises:
+        ValueError: if another line than the last cannot be read.
+    """
+    if not path.exists():
+        return [], 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    dropped = int(len(whole) < len(content))
+    if dropped:
+        path.write_bytes(whole)
+    records = []
+    for number, line in enumerate(whole.decode().splitlines(), start=1):
+        try:
+            records.append(CompletionRecord(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no completion ({error}); remove the line.") from error
+    return records, dropped
+
+
+def weights_digest(model: str) -> str | None:
+    """Digest of a local model's weight files (sizes, first and last MiB); `None` for a Hub id."""
+    if not Path(model).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(model).iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def check_settings(output: Path, settings: dict) -> None:
+    """Write the settings of a new run, or refuse to go on with one of other settings.
+
+    Raises:
+        ValueError: naming each setting that differs.
+    """
+    path = output / _SETTINGS_FILE
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        data = earlier["data"] | settings["data"]
+        changed = [key for key in settings if key != "data" and settings[key] != earlier.get(key)]
+        changed += [f"data {name}" for name in settings["data"] if data[name] != earlier["data"].get(name, data[name])]
+        if changed:
+            raise ValueError(
+                f"output={str(output)!r} holds a run with other settings ({', '.join(changed)}); choose another "
+                f"folder, or the settings in its {_SETTINGS_FILE}."
+            )
+        settings = settings | {"data": data}
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def run_settings(args: EvaluationArguments, problems: dict[str, list[dict]]) -> dict:
+    """All that a completion depends on; the number of samples is not among it, so a run can be extended."""
+    names = ("model", "revision", "temperature", "top_p", "max_new_tokens", "seed", "prompt_template", "dtype")
+    digests = {
+        name: hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() for name, rows in problems.items()
+    }
+    return {name: getattr(args, name) for name in names} | {
+        "backend": resolve_backend(args.backend),
+        "weights": weights_digest(args.model),
+        "data": digests,
+    }
+
+
+# The run ---------------------------------------------------------------------------------------------
+
+
+def load_sources(args: EvaluationArguments) -> dict[str, list[dict]]:
+    """Problems of each data source by its name."""
+    problems = {}
+    for source in args.data:
+        path, split = source, "test"
+        if ":" in source and not source.endswith((".jsonl", ".json")):
+            path, split = source.split(":", maxsplit=1)
+        problems[data_name(source)] = load_problems(path, split, args.problem_column, args.answer_column).to_list()
+    return problems
+
+
+def evaluate(args: EvaluationArguments) -> list[Summary]:
+    """Draw and grade what is missing, then write `report.md`, `report.json` and `report.png` into the output folder.
+
+    Raises:
+        ValueError: for unusable settings or an output folder of a run with other settings.
+    """
+    output = Path(args.output)
+    problems = load_sources(args)
+    check_settings(output, run_settings(args, problems))
+    if args.revision is not None:
+        args = replace(args, model=snapshot_download(args.model, revision=args.revision), revision=None)
+    tokenizer = tokenizer_of(args.model)
+    missing: list[tuple[str, SampleRequest]] = []
+    for source in args.data:
+        name = data_name(source)
+        records, dropped = read_records(output / f"{name}.jsonl")
+        if records or dropped:
+            logger.info("%s: %d completions exist, %d unfinished lines dropped.", name, len(records), dropped)
+        done = {(r.problem, r.sample) for r in records}
+        for problem, row in enumerate(problems[name]):
+            prompt_ids = prompt_token_ids(tokenizer, row["problem"], args.prompt_template)
+            for sample in range(args.samples_of(source)):
+                if (problem, sample) not in done:
+                    seed = request_seed(args.seed, name, problem, sample)
+                    missing.append((name, SampleRequest(problem, sample, prompt_ids, seed)))
+    if missing:
+        draw_and_grade(args, tokenizer, problems, missing)
+    summaries = []
+    for source in args.data:
+        records, _ = read_records(output / f"{data_name(source)}.jsonl")
+        wanted = [r for r in records if r.sample < args.samples_of(source)]
+        summaries.append(summarize(data_name(source), wanted, args.pass_at, args.seed))
+    write_report(output, summaries)
+    return summaries
+
+
+def draw_and_grade(
+    args: EvaluationArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: dict[str, list[dict]],
+    missing: Sequence[tuple[str, SampleRequest]],
+) -> None:
+    """Sample the missing completions and append them, graded, to the JSONL files."""
+    sampler = sample_with_vllm if resolve_backend(args.backend) == "vllm" else sample_with_transformers
+    names = {id(request): name for name, request in missing}
+    waiting: list[tuple[SampleRequest, list[int]]] = []
+    with tqdm(total=len(missing), desc="Completions", unit="completion") as progress:
+        for drawn in sampler(args.model, args.sampling, tokenizer, [request for _, request in missing]):
+            waiting.append(drawn)
+            if len(waiting) == _GRADED_TOGETHER:
+                _grade_and_append(args, tokenizer, problems, names, waiting)
+                progress.update(len(waiting))
+                waiting = []
+        if waiting:
+            _grade_and_append(args, tokenizer, problems, names, waiting)
+            progress.update(len(waiting))
+
+
+def _grade_and_append(args, tokenizer, problems, names, drawn) -> None:
+    texts = [tokenizer.decode(token_ids, skip_special_tokens=True) for _, token_ids in drawn]
+    answers = [problems[names[id(request)]][request.problem]["answer"] for request, _ in drawn]
+    rewards = math_accuracy_reward(texts, answers)
+    eos = end_token_ids(args.model, tokenizer)
+    for (request, ids), text, answer, correct in zip(drawn, texts, answers, rewards, strict=True):
+        stopped = bool(ids) and ids[-1] in eos
+        record = CompletionRecord(
+            problem=request.problem,
+            sample=request.sample,
+            completion=text,
+            answer=answer,
+            correct=correct,
+            num_tokens=len(ids),
+            num_thinking_tokens=count_thinking_tokens(tokenizer, request.prompt_ids, ids),
+            truncated=not stopped,
+            finish="stop" if stopped else "length",
+        )
+        with (Path(args.output) / f"{names[id(request)]}.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def write_report(output: Path, summaries: Sequence[Summary]) -> None:
+    """`report.md`, `report.json` and `report.png`."""
+    (output / "report.md").write_text(summary_table(summaries))
+    (output / "report.json").write_text(json.dumps([asdict(s) for s in summaries], indent=2) + "\n")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [s.name for s in summaries]
+    panels = {"pass@1 (%)": (100, [s.pass_at[1] for s in summaries])}
+    panels["tokens per completion"] = (1, [s.mean_tokens for s in summaries])
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels) + len(names), 4), layout="constrained")
+    for axis, (label, (scale, estimates)) in zip(axes, panels.items(), strict=True):
+        errors = [scale * e.standard_error for e in estimates]
+        axis.bar(names, [scale * e.value for e in estimates], yerr=errors, capsize=4, color="tab:blue")
+        axis.set_ylabel(label)
+    figure.savefig(output / "report.png", dpi=150)
+    plt.close(figure)
+
+
+def compare_runs(first: str | Path, second: str | Path) -> dict[str, dict[str, Comparison]]:
+    """Paired comparison of pass@1 and length on each data set that both runs have.
+
+    Raises:
+        ValueError: if a folder holds no run, the runs share no data set, or a shared one has other problems.
+    """
+    settings = []
+    for folder in (first, second):
+        path = Path(folder) / _SETTINGS_FILE
+        if not path.exists():
+            raise ValueError(f"compare: {str(folder)!r} holds no evaluation; give the output folder of one.")
+        settings.append(json.loads(path.read_text()))
+    shared = [name for name in settings[0]["data"] if name in settings[1]["data"]]
+    if not shared:
+        raise ValueError(f"compare: {str(first)!r} and {str(second)!r} share no data set; evaluate both on one.")
+    comparisons = {}
+    for name in shared:
+        if settings[0]["data"][name] != settings[1]["data"][name]:
+            raise ValueError(f"compare: {name} has other problems or answers in the second run; use one file.")
+        pair = [read_records(Path(folder) / f"{name}.jsonl")[0] for folder in (first, second)]
+        lengths = [[fmean(r.num_tokens for r in group) for group in by_problem(records)] for records in pair]
+        comparisons[name] = {
+            "pass@1 %": paired_bootstrap(*(accuracy_per_problem(records) for records in pair)),
+            "tokens": paired_bootstrap(*lengths),
+        }
+    return comparisons

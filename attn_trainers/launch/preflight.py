@@ -1,0 +1,429 @@
+"""What is checked and printed before a GPU is used: rows, tokens, memory, data, chat template, vocabulary, heads.
+
+Nothing of the model is loaded but its config. What cannot work is one ValueError with the field, its value and the
+fix; what may be meant so is a warning in the report.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from trl import GRPOConfig, ModelConfig, get_peft_config
+
+from ..attention.heads import middle_layers
+from ..attnpo.config import AttnPOConfig
+from ..attnpo.heads import resolve_heads
+from ..attnrl.config import AttnRLConfig
+from ..attnrl.steps import StepDelimiters
+from ..base.checkpoints import steps_between_generations
+from ..rewards import unverifiable_answers
+from ..rhythm.config import RhythmConfig
+from .memory import (
+    DEVICE_OVERHEAD,
+    GIB,
+    ModelShape,
+    Sharding,
+    TrainingSetup,
+    checkpoint_bytes,
+    empty_model,
+    estimate_memory,
+)
+
+
+@dataclass
+class Report:
+    """Lines of the preflight's report.
+
+    Attributes:
+        rows: (name, value) pairs; a pair with an empty value is a heading.
+        warnings: what may not be meant so.
+    """
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: object) -> None:
+        self.rows.append((name, str(value)))
+
+    def heading(self, name: str) -> None:
+        self.rows.append((name, ""))
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, value in self.rows if value)
+        lines = [f"  {name.ljust(width)}  {value}" if value else name for name, value in self.rows]
+        return "\n".join(["Preflight", *lines, *(f"Warning: {warning}" for warning in self.warnings)])
+
+
+def load_model_config(name: str | None, revision: str | None = None) -> PretrainedConfig:
+    """Config of a local folder or a Hub id.
+
+    Raises:
+        ValueError: if it cannot be read, offline for instance.
+    """
+    if not name:
+        raise ValueError(f"model_name_or_path={name!r} names no model; set it to a Hub id or a folder.")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        place = "the folder holds no model" if os.path.isdir(name) else "it is no folder, and the Hub did not give it"
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
+        raise ValueError(
+            f"model_name_or_path={name!r} cannot be read: {place}{offline}. Check the spelling, go online, log in "
+            f"with `hf auth login` if it is gated, or download it before (`hf download {name}`). {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with enough digits for a small model."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def check_batch(args: GRPOConfig, num_problems: int, report: Report) -> None:
+    """Rows, updates and tokens of a generation batch, and what must divide what.
+
+    Raises:
+        ValueError: for a data set smaller than a generation batch, or counts that do not divide.
+    """
+    ranks = args.world_size
+    prompts = args.generation_batch_size // args.num_generations
+    rows_per_update = args.per_device_train_batch_size * ranks * args.gradient_accumulation_steps
+    report.heading("Batch")
+    report.add("ranks", ranks)
+    report.add(
+        "generation batch",
+        f"{args.generation_batch_size} rows = {prompts} prompts x {args.num_generations}, trained on in "
+        f"{steps_between_generations(args)} updates",
+    )
+    report.add(
+        "rows per update",
+        f"{rows_per_update} = {args.per_device_train_batch_size} per rank x {ranks} ranks x "
+        f"{args.gradient_accumulation_steps} accumulated",
+    )
+    report.add(
+        "tokens per generation batch",
+        f"at most {args.generation_batch_size * args.max_completion_length:,} sampled",
+    )
+    if num_problems < prompts:
+        raise ValueError(
+            f"generation_batch_size={args.generation_batch_size} takes {prompts} prompts, but the data set has "
+            f"{num_problems}; lower generation_batch_size to at most {num_problems * args.num_generations}, or add "
+            "problems."
+        )
+    if isinstance(args, AttnRLConfig) and prompts < ranks:
+        report.warnings.append(
+            f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; raise "
+            f"generation_batch_size to {ranks * args.num_generations} or more."
+        )
+
+
+def check_lengths(args: GRPOConfig, max_prompt_length: int, config: PretrainedConfig, report: Report) -> None:
+    """Prompt and completion against what vLLM and the model take.
+
+    Raises:
+        ValueError: if a row does not fit.
+    """
+    row = max_prompt_length + args.max_completion_length
+    report.heading("Lengths")
+    report.add("tokens per row", f"{row} = {max_prompt_length} prompt + {args.max_completion_length} completion")
+    positions = config.get_text_config().max_position_embeddings
+    limit = args.vllm_max_model_length
+    if args.use_vllm and limit is not None:
+        if limit > positions:
+            raise ValueError(
+                f"vllm_max_model_length={limit} is more than the {positions} positions of the model; lower it to "
+                f"{min(row, positions)}."
+            )
+        if row > limit:
+            raise ValueError(
+                f"vllm_max_model_length={limit} is less than max_prompt_length + max_completion_length = {row}; raise "
+                f"it to {row}, or lower one of those."
+            )
+    if row > positions:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} and max_prompt_length={max_prompt_length} exceed the "
+            f"{positions} positions of the model; lower max_completion_length to {positions - max_prompt_length}."
+        )
+
+
+def training_setup(
+    args: GRPOConfig, model_args: ModelConfig, config: PretrainedConfig, row_tokens: int
+) -> TrainingSetup:
+    """What the memory estimate needs, from the settings of a run."""
+    peft_config = get_peft_config(model_args)
+    adapter_parameters = 0
+    if peft_config is not None:
+        try:
+            with torch.device("meta"):
+                model = get_peft_model(empty_model(config), peft_config, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_target_modules={peft_config.target_modules!r} does not fit the model ({_first_line(error)}); "
+                "name linear layers of the model, or 'all-linear'."
+            ) from error
+        adapter_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = (args.model_init_kwargs or {}).get("dtype") or model_args.dtype
+    if dtype == "auto":
+        dtype = config.dtype or "float32"
+    return TrainingSetup(
+        sharding=Sharding.from_environment(args.world_size),
+        micro_batch=args.per_device_train_batch_size,
+        row_tokens=row_tokens,
+        weight_bytes=4 if str(dtype).endswith("float32") else 2,
+        compute_bytes=2 if args.bf16 or args.fp16 else 4,
+        adapter_parameters=adapter_parameters,
+        has_reference=args.beta != 0.0 and not adapter_parameters,
+        gradient_checkpointing=args.gradient_checkpointing,
+        vllm_share=args.vllm_gpu_memory_utilization if args.use_vllm and args.vllm_mode == "colocate" else None,
+        vllm_ranks=args.vllm_tensor_parallel_size,
+        vllm_sleeps=args.vllm_enable_sleep_mode,
+        generation_rows=0 if args.use_vllm else args.per_device_train_batch_size * args.steps_per_generation,
+    )
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the estimate is compared with.
+
+    Attributes:
+        name: for the report.
+        memory: bytes of one GPU, or of the machine.
+        is_gpu: whether it is a GPU.
+        ranks: ranks that share it.
+    """
+
+    name: str
+    memory: float
+    is_gpu: bool
+    ranks: int = 1
+
+    @classmethod
+    def of(cls, args: GRPOConfig) -> "Device":
+        """The device of this rank."""
+        if torch.cuda.is_available() and not args.use_cpu:
+            properties = torch.cuda.get_device_properties(args.device)
+            return cls(properties.name, properties.total_memory, is_gpu=True)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        name = "this machine" if ranks == 1 else f"this machine, {ranks} ranks"
+        return cls(name, psutil.virtual_memory().total, is_gpu=False, ranks=ranks)
+
+
+def check_memory(
+    args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig, device: Device, report: Report
+) -> None:
+    """The estimate against the device.
+
+    Raises:
+        ValueError: if what no batch size changes exceeds the device, or vLLM's share holds no sequence.
+    """
+    shape = ModelShape.from_config(config)
+    overhead = DEVICE_OVERHEAD if device.is_gpu else 0
+    if not device.is_gpu and setup.vllm_share is not None:  # vLLM takes a fixed size there
+        cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB
+        share = (cache + 2 * shape.num_parameters) / device.memory
+        setup = replace(setup, vllm_share=share, vllm_sleeps=False)
+    estimate = estimate_memory(shape, setup, device.memory)
+    certain, peak = (device.ranks * (size + overhead) for size in (estimate.certain, estimate.peak))
+    report.heading(f"Memory per rank, an estimate ({setup.sharding}; docs/memory.md)")
+    report.add("parameters", f"{shape.num_parameters:,}" + _adapter_note(setup))
+    for name, size in (estimate.state | estimate.training | estimate.generation).items():
+        report.add(name, gib(size))
+    if estimate.engine:
+        report.add("vLLM", gib(estimate.engine))
+    if overhead:
+        report.add("context and slack", gib(overhead))
+    report.add("peak", f"{gib(peak)} of {gib(device.memory)} ({device.name})")
+    if certain > device.memory:
+        raise ValueError(
+            f"model_name_or_path={config.name_or_path!r} needs {gib(certain)} before the first token "
+            f"({setup.sharding}, {setup.sharding.num_ranks} rank(s)), but there are {gib(device.memory)}; use more "
+            "ranks with accelerate_configs/zero3.yaml, use_peft, vllm_enable_sleep_mode, or a smaller model."
+        )
+    if device.is_gpu and estimate.kv_tokens is not None:
+        _check_cache(args, setup, config, estimate.kv_tokens, device, report)
+    if peak > device.memory:
+        report.warnings.append(
+            f"per_device_train_batch_size={args.per_device_train_batch_size} with rows of {setup.row_tokens} tokens "
+            "may not fit: lower it (and raise gradient_accumulation_steps as much), set gradient_checkpointing, or "
+            "lower max_completion_length."
+        )
+
+
+def _check_cache(
+    args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig, kv_tokens: int, device: Device, report: Report
+) -> None:
+    """Refuse a KV cache that does not hold the longest sequence: vLLM would not start."""
+    report.add("KV cache", f"{kv_tokens:,} tokens, {kv_tokens // setup.row_tokens} full rows")
+    longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
+    if kv_tokens < longest:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization} of {gib(device.memory)} leaves room for "
+            f"{kv_tokens} tokens beside the weights, less than a sequence of {longest} "
+            f"(vllm_max_model_length={args.vllm_max_model_length}); raise it, raise vllm_tensor_parallel_size, or "
+            f"lower vllm_max_model_length to {setup.row_tokens}."
+        )
+
+
+def _adapter_note(setup: TrainingSetup) -> str:
+    return f", of which {setup.adapter_parameters:,} in the adapter are trained" if setup.adapter_parameters else ""
+
+
+def check_disk(args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig, report: Report) -> None:
+    """Room for the checkpoints of the run."""
+    if args.save_strategy == "no":
+        return
+    size = checkpoint_bytes(ModelShape.from_config(config), setup)
+    folder = Path(args.output_dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    count = (args.save_total_limit or 1) + 1  # one more while the new one is written
+    report.add("a checkpoint on disk", f"{gib(size)} of {gib(free)} free")
+    if count * size > free:
+        report.warnings.append(
+            f"save_total_limit={args.save_total_limit}: {count} checkpoints of {gib(size)} exceed the {gib(free)} "
+            "that are free in output_dir; free some, or lower save_total_limit."
+        )
+
+
+def check_data(dataset: Dataset, num_long: int, report: Report) -> None:
+    """Problems, over-long prompts and answers that only an identical text would match.
+
+    Raises:
+        ValueError: if no answer can be verified.
+    """
+    report.heading("Data")
+    report.add("problems", f"{len(dataset)}, {num_long} more left out for prompts over max_prompt_length")
+    unverifiable = unverifiable_answers(dataset["answer"])
+    report.add("answers no verifier parses", len(unverifiable))
+    if not unverifiable:
+        return
+    example = dataset[unverifiable[0]]["answer"]
+    if len(unverifiable) == len(dataset):
+        raise ValueError(
+            f"answer_column holds no answer that a verifier can parse, e.g. {example!r}; set answer_column to the "
+            "column of final answers."
+        )
+    report.warnings.append(
+        f"{len(unverifiable)} answers cannot be parsed, e.g. {example!r}: only an identical text counts as right."
+    )
+
+
+def thinking_behaviour(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template does about thinking, in a sentence."""
+    if tokenizer.chat_template is None:
+        return "none; the prompt is the bare text"
+    messages = [{"role": "user", "content": "1 + 1 ="}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tail = prompt.rpartition("1 + 1 =")[2]
+    if "</think>" in tail:
+        return "closes <think> in the prompt: the model is asked not to think"
+    if "<think>" in tail:
+        return "opens <think> in the prompt: completions start inside the thinking"
+    return f"leaves <think> to the model (prompts end in {tail[-20:]!r})"
+
+
+def check_vocabulary(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+    """Chat template, blank-line tokens and the end of thinking.
+
+    Raises:
+        ValueError: if the end of thinking is unknown to the vocabulary.
+    """
+    end = args.end_of_thinking if isinstance(args, AttnRLConfig | AttnPOConfig) else "</think>"
+    report.heading("Tokenizer")
+    report.add("chat template", thinking_behaviour(tokenizer))
+    ids = tokenizer.encode(end, add_special_tokens=False)
+    if not ids or tokenizer.unk_token_id in ids:
+        raise ValueError(
+            f"end_of_thinking={end!r} is not in the vocabulary of the tokenizer; set it to the text that ends "
+            "thinking for this model, or take a model that has it."
+        )
+    delimiters = StepDelimiters.from_tokenizer(tokenizer, None)
+    report.add("blank-line tokens", f"{len(delimiters.paragraph)} (with a newline: {len(delimiters.newline)})")
+    report.add(repr(end), "one token" if len(ids) == 1 else f"{len(ids)} tokens")
+    if not isinstance(args, AttnRLConfig):
+        return
+    if len(ids) > 1:
+        report.warnings.append(
+            f"end_of_thinking={end!r} is {len(ids)} tokens to this tokenizer: steps of the answer are branched like "
+            "those of the thinking."
+        )
+    if not delimiters.paragraph:
+        report.warnings.append(
+            "no token holds a blank line: steps end at "
+            + ("single newlines." if delimiters.newline else "every token. Branching needs a tokenizer with newlines.")
+        )
+
+
+def check_heads(args: GRPOConfig, model_name: str, config: PretrainedConfig, report: Report) -> None:
+    """Heads and layers that a method reads, within the model.
+
+    Raises:
+        ValueError: for heads outside the model, or that vLLM cannot split over its ranks.
+    """
+    text = config.get_text_config()
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    report.heading("Heads")
+    report.add("layers x heads", f"{layers} x {heads}")
+    if isinstance(args, AttnPOConfig) and args.scales_credit:
+        found = resolve_heads(args.heads, model_name, layers, heads)
+        report.add("key-focus heads [layer, head]", ", ".join(str(list(head)) for head in found))
+    if isinstance(args, RhythmConfig):
+        used = middle_layers(layers) if args.head_pool == "middle" else range(layers)
+        report.add("layers read", ", ".join(map(str, used)))
+    ranks = args.vllm_tensor_parallel_size
+    if args.use_vllm and (heads % ranks or args.world_size % ranks):
+        raise ValueError(
+            f"vllm_tensor_parallel_size={ranks} does not divide the {heads} heads of the model and the "
+            f"{args.world_size} ranks; set it to a common divisor."
+        )
+
+
+def preflight(
+    args: GRPOConfig,
+    model_args: ModelConfig,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    num_long: int,
+    max_prompt_length: int,
+) -> Report:
+    """Check a run and say what it will take.
+
+    Args:
+        args, model_args: settings of training and model.
+        config: of the model, see `load_model_config`.
+        tokenizer: of the model.
+        dataset: with the columns `prompt` and `answer`, over-long prompts left out.
+        num_long: how many those were.
+        max_prompt_length: tokens of a prompt at most.
+
+    Raises:
+        ValueError: for the first thing that cannot work, naming field, value and fix.
+    """
+    if args.hub_token is not None:
+        raise ValueError(
+            "hub_token is set: it would be written into training_args.bin, which is pushed with the model. Leave it "
+            "out and log in with `hf auth login`, or set the environment variable HF_TOKEN."
+        )
+    report = Report()
+    name = model_args.model_name_or_path
+    report.heading(f"Model {name}")
+    check_heads(args, name, config, report)
+    check_batch(args, len(dataset), report)
+    check_lengths(args, max_prompt_length, config, report)
+    setup = training_setup(args, model_args, config, max_prompt_length + args.max_completion_length)
+    check_memory(args, setup, config, Device.of(args), report)
+    check_disk(args, setup, config, report)
+    check_vocabulary(args, tokenizer, report)
+    check_data(dataset, num_long, report)
+    return report

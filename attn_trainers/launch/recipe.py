@@ -1,0 +1,170 @@
+"""What the recipes share: command line, data, resume, saving and publishing.
+
+A recipe states its settings as dataclass defaults and calls `train`. Any field can be set on the command line or in a
+YAML file given by `--config`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from ..base.card import CardNotes, publish
+from ..base.interruption import last_whole_checkpoint
+from ..sampling.models import load_tokenizer
+from ..sampling.problems import STEP_BY_STEP, load_problems, with_prompts
+from ..tiny.byte_model import build_byte_model
+from .preflight import load_model_config, preflight
+
+
+logger = logging.getLogger(__name__)
+
+# Default of `bf16` in the recipes; its opposite is the default of `use_cpu`.
+HAS_CUDA = torch.cuda.is_available()
+
+
+@dataclass
+class MathScriptArguments:
+    """Arguments of a recipe that trains on problems with checkable answers."""
+
+    dataset: str = field(
+        default="agentica-org/DeepScaleR-Preview-Dataset",
+        metadata={"help": "Hub id of a data set, or a local JSONL file."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    problem_column: str = field(default="problem", metadata={"help": "Column of the problem texts."})
+    answer_column: str = field(
+        default="answer", metadata={"help": "Column of the answers: a text, or a list of accepted texts."}
+    )
+    prompt_template: str = field(
+        default=STEP_BY_STEP, metadata={"help": "User message; {problem} stands for the problem."}
+    )
+    max_prompt_length: int = field(
+        default=1024, metadata={"help": "Problems whose prompt has more tokens are left out (and counted)."}
+    )
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL files that are evaluated on every eval_steps."}
+    )
+    tiny_model: bool = field(
+        default=False,
+        metadata={"help": "Train a small byte-level model made on the spot instead, to try the recipe on a CPU."},
+    )
+    preflight: bool = field(default=False, metadata={"help": "Check the settings, print the report and stop."})
+
+
+def parse(script_class: type, config_class: type, model_class: type = ModelConfig) -> tuple:
+    """Script, training and model arguments from the command line and `--config FILE`; unknown ones are refused."""
+    with refusal_in_a_line():
+        return TrlParser((script_class, config_class, model_class)).parse_args_and_config()
+
+
+@contextmanager
+def refusal_in_a_line() -> Iterator[None]:
+    """End the process with one line, printed by the first rank, where settings are refused with a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        logger.debug("Refused", exc_info=True)
+        raise SystemExit(1 if os.environ.get("RANK", "0") != "0" else f"Refused: {error}") from None
+
+
+def set_model_init_kwargs(training_args: GRPOConfig, model_args: ModelConfig) -> None:
+    """Hand the model settings of the command line to the trainer, which loads the model."""
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
+
+
+def check_run(
+    script_args: MathScriptArguments, training_args: GRPOConfig, model_args: ModelConfig
+) -> tuple[PreTrainedTokenizerBase, Dataset, dict[str, Dataset] | None]:
+    """Tokenizer, training problems and evaluation problems by name, after all checks; prints the preflight's report.
+
+    The first rank checks, the others learn the outcome.
+
+    Raises:
+        ValueError: for what cannot work, on every rank.
+    """
+    state = PartialState()
+    if script_args.tiny_model:
+        folder = Path(training_args.output_dir) / "_tiny-model"  # a name that is not pushed
+        with state.main_process_first():
+            model_args.model_name_or_path = str(build_byte_model(folder))
+    config = load_model_config(model_args.model_name_or_path, model_args.model_revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    template, max_prompt_length = script_args.prompt_template, script_args.max_prompt_length
+    problems = load_problems(
+        script_args.dataset, script_args.dataset_split, script_args.problem_column, script_args.answer_column
+    )
+    dataset, num_long = with_prompts(problems, tokenizer, template, max_prompt_length)
+    eval_dataset = {
+        Path(source).stem: with_prompts(load_problems(source), tokenizer, template, max_prompt_length)[0]
+        for source in script_args.eval_data
+    }
+    set_model_init_kwargs(training_args, model_args)
+    refused = [None]
+    if state.is_main_process:
+        try:
+            print(preflight(training_args, model_args, config, tokenizer, dataset, num_long, max_prompt_length))
+        except ValueError as error:
+            refused = [str(error)]
+    broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise ValueError(refused[0])
+    return tokenizer, dataset, eval_dataset or None
+
+
+def train(
+    trainer_class: type[GRPOTrainer],
+    reward_funcs: Callable | Sequence[Callable],
+    script_args: MathScriptArguments,
+    training_args: GRPOConfig,
+    model_args: ModelConfig,
+) -> GRPOTrainer | None:
+    """Train as the recipe says: check, load, resume if there is something to resume, train, save, publish.
+
+    Returns:
+        The trainer, or `None` if only the preflight was asked for.
+
+    Raises:
+        SystemExit: for settings that cannot work, before anything is loaded on a GPU, with what to change; and after
+            SIGTERM, when the checkpoint is written.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with refusal_in_a_line():
+        tokenizer, dataset, eval_dataset = check_run(script_args, training_args, model_args)
+    if script_args.preflight:
+        return None
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.card_notes = CardNotes(dataset=script_args.dataset)
+    checkpoint = training_args.resume_from_checkpoint or last_whole_checkpoint(training_args.output_dir)
+    if checkpoint:
+        trainer.accelerator.print(f"Resuming from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    publish(trainer, trainer.card_notes)
+    return trainer

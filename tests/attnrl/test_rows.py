@@ -1,0 +1,169 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attn_trainers.attnrl.rollouts import Continuation, Draw, PromptRollouts, Rollout
+from attn_trainers.attnrl.rows import (
+    TrainingRow,
+    arrange_rows,
+    collate,
+    fit_capacity,
+    importance_sampling_ratio,
+    prompt_rows,
+    training_rows,
+)
+
+
+def logps(*values):
+    return np.array(values, dtype=np.float32)
+
+
+def example_prompt():
+    """The golden example of the method: a right rollout cut at 3 and 6, and a wrong one that is not expanded."""
+    first = Rollout(
+        list(range(10)),
+        sampling_logps=logps(*[-0.1 * i for i in range(10)]),
+        policy=0,
+        reward=1.0,
+        old_logps=logps(*[-0.2 * i for i in range(10)]),
+        branches=[
+            Continuation(3, [21, 22], logps(-1.0, -2.0), 1, reward=0.0),
+            Continuation(3, [23], logps(-3.0), 1, reward=1.0),
+            Continuation(6, [24], logps(-4.0), 1, reward=1.0),
+            Continuation(6, [25], logps(-5.0), 1, reward=0.0),
+        ],
+    )
+    second = Rollout(list(range(7)), None, 0, reward=0.0, old_logps=logps(*[0.0] * 7))
+    return PromptRollouts(Draw(0, 0), {}, [101, 102], [first, second])
+
+
+def row(length, name=0):
+    return TrainingRow([name], list(range(length)), *(np.zeros(length, dtype=np.float32),) * 3, fresh_from=length)
+
+
+def test_rows_of_the_golden_example():
+    rows = training_rows(example_prompt(), train_unexpanded=False)
+    assert [r.completion_ids for r in rows] == [
+        list(range(10)),
+        [0, 1, 2, 21, 22],
+        [0, 1, 2, 23],
+        [0, 1, 2, 3, 4, 5, 24],
+        [0, 1, 2, 3, 4, 5, 25],
+    ]
+    a, s1, s2 = 0.2 / math.sqrt(5), (1 / 6 + 1 / 15) / math.sqrt(3), 0.5 + 1 / 3
+    expected = [
+        [a] * 3 + [s1] * 3 + [s2] * 4,
+        [a] * 3 + [-1.1] * 2,
+        [a] * 3 + [0.9],
+        [a] * 3 + [s1] * 3 + [0.5 + 1 / 3],
+        [a] * 3 + [s1] * 3 + [-0.5 - 2 / 3],
+    ]
+    for r, advantages in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(r.advantages, advantages, rtol=1e-6)
+    assert [r.fresh_from for r in rows] == [10, 3, 3, 6, 6]
+
+
+def test_a_rows_prefix_keeps_the_stored_log_probs_to_the_bit():
+    prompt = example_prompt()
+    for r in training_rows(prompt, train_unexpanded=False):
+        np.testing.assert_array_equal(r.old_logps[: r.fresh_from], prompt.rollouts[0].old_logps[: r.fresh_from])
+        np.testing.assert_array_equal(
+            r.sampling_logps[: r.fresh_from], prompt.rollouts[0].sampling_logps[: r.fresh_from]
+        )
+    np.testing.assert_array_equal(training_rows(prompt, False)[1].sampling_logps[3:], logps(-1.0, -2.0))
+
+
+def test_unexpanded_rollouts_are_trained_on_only_if_wanted():
+    rows = training_rows(example_prompt(), train_unexpanded=True)
+    assert len(rows) == 6
+    np.testing.assert_allclose(rows[5].advantages, [-1.0] * 7)
+    assert np.isnan(rows[5].sampling_logps).all()
+
+
+def test_prompts_without_signal_and_filtered_ones_give_no_rows():
+    prompt = example_prompt()
+    assert len(prompt_rows(prompt, train_unexpanded=False)) == 5
+    prompt.filtered = True
+    assert prompt_rows(prompt, train_unexpanded=False) == []
+    prompt.filtered = False
+    for branch in prompt.rollouts[0].branches:
+        branch.reward = 1.0
+    assert prompt_rows(prompt, train_unexpanded=False) == []  # the wrong rollout is no leaf that is trained on
+    assert len(prompt_rows(prompt, train_unexpanded=True)) == 6
+
+
+@pytest.mark.parametrize(
+    ("counts", "capacity", "kept"),
+    [([5, 5, 5], 12, [0, 1]), ([5, 9, 5], 12, [0, 2]), ([], 4, []), ([0, 4, 1], 4, [0, 1]), ([5], 4, [])],
+)
+def test_capacity_is_filled_by_whole_prompts(counts, capacity, kept):
+    assert fit_capacity(counts, capacity) == kept
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=40),
+    num_micro_batches=st.integers(1, 6),
+    num_ranks=st.sampled_from([1, 2, 4]),
+)
+def test_arrangement_holds_every_row_once_and_does_not_depend_on_the_ranks(lengths, num_micro_batches, num_ranks):
+    rows = [row(length, name) for name, length in enumerate(lengths)]
+    total = 4 * -(-max(1, len(rows)) // (4 * num_micro_batches))  # rows per micro-batch over all ranks
+    arranged = arrange_rows(rows, num_micro_batches, num_ranks, total // num_ranks, seed="s")
+    single = arrange_rows(rows, num_micro_batches, 1, total, seed="s")
+    assert [len(part) for micro_batch in arranged for part in micro_batch] == [total // num_ranks] * (
+        num_micro_batches * num_ranks
+    )
+
+    def names(micro_batch):
+        return sorted(r.prompt_ids[0] for part in micro_batch for r in part if r is not None)
+
+    assert [names(m) for m in arranged] == [names(m) for m in single]
+    assert sorted(name for m in arranged for name in names(m)) == list(range(len(rows)))
+
+
+def test_rows_of_like_length_share_a_micro_batch_and_padding_is_spread():
+    rows = [row(length) for length in (9, 1, 8, 2, 7, 3)]
+    arranged = arrange_rows(rows, 3, 2, 2, seed="s")
+    lengths = sorted(sorted(len(r.completion_ids) for part in m for r in part if r is not None) for m in arranged)
+    assert lengths == [[1, 2], [3, 7], [8, 9]]
+    with pytest.raises(ValueError, match="6 rows exceed the capacity of 1 micro-batches of 4 rows"):
+        arrange_rows(rows, 1, 2, 2, seed="s")
+
+
+def test_collate_pads_prompts_left_and_completions_right_and_masks_missing_rows():
+    rows = training_rows(example_prompt(), train_unexpanded=False)[1:3]
+    batch = collate([*rows, None], pad_token_id=0)
+    assert batch["prompt_ids"].tolist() == [[101, 102], [101, 102], [0, 0]]
+    assert batch["prompt_mask"].tolist() == [[1, 1], [1, 1], [0, 1]]
+    assert batch["completion_ids"].tolist() == [[0, 1, 2, 21, 22], [0, 1, 2, 23, 0], [0] * 5]
+    assert batch["completion_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0], [0] * 5]
+    assert batch["fresh_mask"].tolist() == [[False] * 3 + [True] * 2, [False] * 3 + [True, False], [False] * 5]
+    assert batch["advantages"][2].tolist() == [0.0] * 5
+
+
+def test_a_micro_batch_of_missing_rows_only():
+    batch = collate([None, None], pad_token_id=3)
+    assert batch["completion_mask"].sum() == 0
+    assert batch["prompt_mask"].tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "clip_min", "expected"),
+    [
+        ("token_truncate", None, [[2.0, 3.0, 1.0]]),
+        ("token_truncate", 1.5, [[2.0, 3.0, 1.5]]),
+        ("token_mask", None, [[2.0, 0.0, 1.0]]),
+        ("token_mask", 1.5, [[2.0, 0.0, 0.0]]),
+        ("sequence_truncate", None, [[3.0]]),
+        ("sequence_mask", None, [[0.0]]),
+    ],
+)
+def test_importance_sampling_ratio(mode, clip_min, expected):
+    old = torch.tensor([[math.log(2.0), math.log(4.0), 0.5]])
+    sampling = torch.tensor([[0.0, 0.0, float("nan")]])
+    ratio = importance_sampling_ratio(old, sampling, torch.ones(1, 3), mode, clip_min, 3.0)
+    torch.testing.assert_close(ratio, torch.tensor(expected))

@@ -1,0 +1,198 @@
+"""Generation with a limit per request, and the weight sync, on both backends."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from attn_trainers.base.generation import (
+    GeneratedTokens,
+    GenerationMixin,
+    GenerationRequest,
+    count_missing_logps,
+    cut_completion,
+    engine_calls,
+    sampled_logps,
+)
+from attn_trainers.tiny.arithmetic import build_model
+
+
+class Trainer(GenerationMixin, GRPOTrainer):
+    pass
+
+
+def token_sum(completions, completion_ids, **kwargs):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tiny_tokenizer):
+    def make(tie_word_embeddings=False, peft_config=None, **kwargs):
+        torch.manual_seed(0)
+        folder = tmp_path / "model"
+        build_model(tiny_tokenizer, 64, 2, tie_word_embeddings=tie_word_embeddings).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        settings = {
+            "per_device_train_batch_size": 8,
+            "num_generations": 8,
+            "max_completion_length": 16,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 100.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+        }
+        return Trainer(
+            str(folder),
+            token_sum,
+            GRPOConfig(str(tmp_path / "out"), **(settings | kwargs)),
+            train_dataset=Dataset.from_dict({"prompt": ["12 + 3", "45 - 6", "7 + 8", "90 - 1"]}),
+            processing_class=tiny_tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "expected"),
+    [([5, 6, 1, 7], 10, [5, 6, 1]), ([5, 6, 7], 2, [5, 6]), ([1, 1], 5, [1]), ([5, 6, 1], 3, [5, 6, 1]), ([], 3, [])],
+)
+def test_a_completion_ends_with_its_first_eos_or_at_its_limit(tokens, limit, expected):
+    assert cut_completion(tokens, limit, eos_token_ids=[1, 2]) == expected
+
+
+def test_the_sampled_tokens_log_prob_is_found_by_its_id_not_its_rank():
+    def entry(logprob, rank):
+        return SimpleNamespace(logprob=logprob, rank=rank)
+
+    output = SimpleNamespace(
+        token_ids=[7, 3], logprobs=[{9: entry(-0.1, 1), 7: entry(-2.5, 4)}, {3: entry(-0.2, 1), 8: entry(-1.9, 2)}]
+    )
+    assert sampled_logps(output) == [-2.5, -0.2]
+
+
+def test_missing_log_probs_are_counted():
+    completions = [GeneratedTokens([1, 2], [float("nan"), -1.0]), GeneratedTokens([3], None)]
+    assert count_missing_logps(completions) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "seed", "expected"),
+    [
+        ("cuda", 1, [[40, 40, 30, 100, 10]]),
+        ("cpu", None, [[40, 40, 30, 100, 10]]),
+        ("cpu", 1, [[40, 40], [30], [100], [10]]),
+    ],
+)
+def test_only_seeded_requests_on_a_cpu_are_spread_over_calls(device, seed, expected):
+    scheduler = SimpleNamespace(max_num_batched_tokens=100, max_num_seqs=10)
+    engine = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device(device)),
+        llm=SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=scheduler))),
+    )
+    requests = [GenerationRequest([0] * n, 5, seed) for n in (40, 40, 30, 100, 10)]
+    calls = engine_calls(engine, requests)
+    assert [[len(request.prompt_ids) for request in call] for call in calls] == expected
+
+
+def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):
+    # Sleep mode needs a GPU; what matters here is the order of the engine's calls.
+    calls = []
+    trainer = make_trainer()
+    llm = SimpleNamespace(
+        wake_up=lambda tags: calls.append(f"wake {tags[0]}"),
+        sleep=lambda level: calls.append(f"sleep {level}"),
+    )
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.vllm_generation = SimpleNamespace(
+        mode="colocate", enable_sleep_mode=True, _llm_weights_sleeping=True, llm=llm
+    )
+
+    def sync(engine):
+        engine.llm.wake_up(["weights"])
+        engine._llm_weights_sleeping = False
+        calls.append("sync")
+
+    monkeypatch.setattr("attn_trainers.base.generation.sync_vllm_weights", sync)
+    monkeypatch.setattr(
+        "attn_trainers.base.generation.vllm_generate", lambda engine, requests: calls.append("generate") or []
+    )
+    trainer.generate_requests([])
+    bracket = ["wake weights", "sync", "wake kv_cache", "generate", "sleep 2"]
+    assert calls == bracket
+    trainer.generate_requests([])  # the weights did not change, but sleeping discarded them
+    assert calls == bracket * 2
+
+
+def test_transformers_generation_honours_each_limit_and_the_order(make_trainer):
+    trainer = make_trainer(generation_kwargs={"do_sample": False}, per_device_train_batch_size=8)
+    eos = trainer.processing_class.eos_token_id
+    requests = [GenerationRequest([20 + i] * (1 + i % 4), max_tokens=1 + i) for i in range(11)]  # two chunks
+    results = trainer.generate_requests(requests)
+    for request, result in zip(requests, results, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        for _ in range(request.max_tokens):
+            logits = trainer.model(ids).logits[0, -1]
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+        alone = ids[0, len(request.prompt_ids) :].tolist()
+        alone = alone[: alone.index(eos) + 1] if eos in alone else alone
+        assert result.token_ids == alone
+        assert result.logps is None
+
+
+def test_a_request_without_room_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="max_tokens=0 leaves nothing to generate"):
+        make_trainer().generate_requests([GenerationRequest([20], max_tokens=0)])
+
+
+def trainer_logps(trainer, request, token_ids):
+    """Log-probs of sampled tokens under the trainer's weights."""
+    ids = torch.tensor([request.prompt_ids + token_ids])
+    with torch.no_grad():
+        logps = trainer.model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    return logps[len(request.prompt_ids) - 1 :]
+
+
+def differences(trainer, requests, results):
+    return torch.cat(
+        [
+            (trainer_logps(trainer, request, result.token_ids) - torch.tensor(result.logps)).abs()
+            for request, result in zip(requests, results, strict=True)
+        ]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_vllm_follows_the_weights_through_large_updates(make_trainer, tie_word_embeddings, lora):
+    peft_config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear") if lora else None
+    trainer = make_trainer(
+        tie_word_embeddings, peft_config, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64
+    )
+    requests = [GenerationRequest([20 + i, 30 + i], max_tokens=1 + i, seed=i) for i in range(16)]
+    results = trainer.generate_requests(requests)
+    assert [len(r.token_ids) for r in results if r.token_ids[-1] != trainer.processing_class.eos_token_id] == [
+        request.max_tokens
+        for request, r in zip(requests, results, strict=True)
+        if r.token_ids[-1] != trainer.processing_class.eos_token_id
+    ]
+    assert trainer.generate_requests(requests) == results  # seeds make samples repeatable
+    before = differences(trainer, requests, results)
+    trainer.train()
+    trainer._last_loaded_step = trainer.state.global_step  # an engine that missed the last updates ...
+    stale = differences(trainer, requests, trainer.generate_requests(requests))
+    trainer._last_loaded_step = -1  # ... and one that got them
+    fresh = differences(trainer, requests, trainer.generate_requests(requests))
+    noise = 3 * (before.var() / len(before) + fresh.var() / len(fresh)).sqrt()
+    assert (fresh.mean() - before.mean()).abs() < noise + 1e-3
+    assert stale.mean() > 10 * fresh.mean()
+    trainer.model.zero_grad()
