@@ -19,7 +19,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from attn_trainers.attnpo.heads import KNOWN_HEADS, resolve_heads
-from attn_trainers.attnpo.steps import split_paragraphs, split_reasoning
+from attn_trainers.attnpo.steps import Splitter
 from attn_trainers.attnrl.steps import StepDelimiters
 from attn_trainers.inspection.measure import (
     InspectedResponse,
@@ -152,7 +152,7 @@ def inspect_all(args: Arguments, records: list[dict]) -> tuple[list[InspectedRes
         head_pool=args.head_pool,
         influence_delta=args.influence_delta,
         key_focus_heads=key_focus_heads(args, model.config),
-        splitter=split_paragraphs if args.step_mode == "paragraphs" else split_reasoning,
+        splitter=Splitter(args.step_mode),
     )
     delimiters = StepDelimiters.from_tokenizer(tokenizer)
     inspected = []

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..base.checkpoints import check_save_interval
+from .steps import STEP_MODES
 
 
 _LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
-_STEP_MODES = ("phrases", "paragraphs")
 _BASELINE_LENGTHS = ("sequence", "response")
 
 
@@ -147,7 +147,7 @@ class AttnPOConfig(GRPOConfig):
         return self.attenuate_positive or self.protect_negative
 
     def _check_fields(self) -> None:
-        for name, allowed in {"step_mode": _STEP_MODES, "baseline_length": _BASELINE_LENGTHS}.items():
+        for name, allowed in {"step_mode": STEP_MODES, "baseline_length": _BASELINE_LENGTHS}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; set it to one of {', '.join(allowed)}.")
         for name in ("length_penalty", "attenuation_floor", "schedule_fraction"):

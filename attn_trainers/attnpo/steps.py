@@ -29,6 +29,8 @@ from functools import lru_cache
 from pathlib import Path
 
 
+STEP_MODES = ("phrases", "paragraphs")
+
 END_OF_THINKING = "</think>"
 
 
@@ -219,6 +221,46 @@ def count_phrases(text: str, phrases: ReasoningPhrases | None = None) -> dict[st
     for segment in _cut(thinking, phrases or ENGLISH_PHRASES, join_blank_lead=True) if thinking else ():
         counts[segment.kind] += segment.phrase_chars > 0
     return counts
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """Cuts thinking texts into steps, one way for a whole run; called with a text, it returns its steps.
+
+    Attributes:
+        mode: "phrases" (`split_reasoning`) or "paragraphs" (`split_paragraphs`).
+        min_step_chars, min_rest_chars, compat, phrases: as for `split_reasoning`.
+    """
+
+    mode: str = "phrases"
+    min_step_chars: int = 80
+    min_rest_chars: int = 15
+    compat: bool = False
+    phrases: ReasoningPhrases | None = None
+
+    def __post_init__(self):
+        if self.mode not in STEP_MODES:
+            raise ValueError(f"step_mode={self.mode!r} is unknown; set it to one of {', '.join(STEP_MODES)}.")
+
+    @classmethod
+    def of(cls, step_mode: str, phrases_file: str | None = None, **options) -> "Splitter":
+        """A splitter by the names of the settings; the phrases are read from a file where one is given."""
+        return cls(step_mode, phrases=ReasoningPhrases.from_file(phrases_file) if phrases_file else None, **options)
+
+    def __call__(self, text: str) -> list[Step]:
+        if self.mode == "paragraphs":
+            return split_paragraphs(text)
+        return split_reasoning(
+            text,
+            min_step_chars=self.min_step_chars,
+            min_rest_chars=self.min_rest_chars,
+            compat=self.compat,
+            phrases=self.phrases,
+        )
+
+    def phrase_counts(self, text: str) -> dict[str, int]:
+        """`count_phrases` of a thinking text; empty where steps are paragraphs."""
+        return count_phrases(text, self.phrases) if self.mode == "phrases" else {}
 
 
 @lru_cache(maxsize=16)

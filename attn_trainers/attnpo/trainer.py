@@ -3,7 +3,6 @@
 import math
 import textwrap
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from .heads import Head, resolve_heads
 from .metrics import credit_totals, group_metrics
 from .page import write_response_page, write_responses
 from .responses import ScoredResponse
-from .steps import ReasoningPhrases, count_phrases, split_paragraphs, split_reasoning
+from .steps import Splitter
 
 
 class AttnPOTrainer(AttentionCreditTrainer):
@@ -90,14 +89,12 @@ class AttnPOTrainer(AttentionCreditTrainer):
 
     def _make_splitter(self):
         args = self.args
-        if args.step_mode == "paragraphs":
-            return split_paragraphs
-        return partial(
-            split_reasoning,
+        return Splitter.of(
+            args.step_mode,
+            args.phrases_file,
             min_step_chars=args.min_step_chars,
             min_rest_chars=args.min_rest_chars,
             compat=args.compat_steps,
-            phrases=ReasoningPhrases.from_file(args.phrases_file) if args.phrases_file else None,
         )
 
     def _find_accuracy_column(self) -> int:
@@ -172,8 +169,7 @@ class AttnPOTrainer(AttentionCreditTrainer):
             )
             response = ScoredResponse(ids[width - length : width], completion, alignment)
             if self.args.step_mode == "phrases":
-                phrases = None if self.args.phrases_file is None else self.splitter.keywords["phrases"]
-                response.phrases = count_phrases("".join(alignment.texts), phrases)
+                response.phrases = self.splitter.phrase_counts("".join(alignment.texts))
             responses.append(response)
         return responses
 

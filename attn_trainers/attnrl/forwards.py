@@ -24,7 +24,7 @@ class ForwardMixin:
         size = self.args.per_device_train_batch_size
         chunks = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         idle = ([self._tokenizer.eos_token_id], Rollout([self._tokenizer.eos_token_id], None, self.batches_trained))
-        for chunk in chunks + [[idle]] * (self._max_over_ranks(len(chunks)) - len(chunks)):
+        for chunk in chunks + [[idle]] * (self.max_over_ranks(len(chunks)) - len(chunks)):
             self._read_chunk(chunk)
 
     def _read_chunk(self, chunk: Sequence[tuple[list[int], Rollout]]) -> None:

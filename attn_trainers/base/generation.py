@@ -227,7 +227,7 @@ class GenerationMixin:
         chunk_size = self.args.per_device_train_batch_size * self.args.steps_per_generation
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         chunks = [order[start : start + chunk_size] for start in range(0, len(order), chunk_size)]
-        num_chunks = self._max_over_ranks(len(chunks))
+        num_chunks = self.max_over_ranks(len(chunks))
         results: list[GeneratedTokens | None] = [None] * len(requests)
         idle = GenerationRequest([self._tokenizer.eos_token_id], max_tokens=1)
         for chunk in chunks + [[]] * (num_chunks - len(chunks)):
@@ -269,7 +269,7 @@ class GenerationMixin:
             for tokens, request in zip(new_tokens, requests, strict=True)
         ]
 
-    def _max_over_ranks(self, value: int) -> int:
+    def max_over_ranks(self, value: int) -> int:
         """Largest value on any rank; a collective."""
         return int(self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max())
 

@@ -31,7 +31,7 @@ from ..attention import (
 )
 from ..attention.rhythm import peaks
 from ..attnpo.alignment import reasoning_step_ranges
-from ..attnpo.steps import Step, split_reasoning
+from ..attnpo.steps import Splitter, Step
 from ..attnrl.steps import StepDelimiters, segment_steps
 from ..rhythm.credit import CreditOptions, credit_sets
 from .analysis import (
@@ -74,7 +74,7 @@ class InspectionSettings:
     peak_fraction: float = 0.3
     influence_delta: int = 4
     key_focus_heads: tuple[Head, ...] = ()
-    splitter: Callable[[str], list[Step]] = split_reasoning
+    splitter: Callable[[str], list[Step]] = Splitter()
 
     def __post_init__(self):
         if self.head_pool not in ("all", "middle"):

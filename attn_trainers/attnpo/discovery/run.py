@@ -14,9 +14,8 @@ Every stage writes into the output folder as it goes, and a run that was cut off
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from ...sampling.requests import (
 )
 from ..alignment import StepAlignment, reasoning_step_ranges
 from ..heads import KeyFocusHeads, save_heads
-from ..steps import ReasoningPhrases, Step, split_paragraphs, split_reasoning
+from ..steps import STEP_MODES, Splitter
 from .labels import ESSENTIAL, REDUNDANT, LabelledCompletion, read_labels
 from .probing import Candidate, label_steps, score_all_heads
 from .ranking import HeadReport, ScoredSteps, build_report, ranking_table
@@ -83,7 +82,7 @@ class DiscoveryArguments:
         choices = {
             "selection": ("top_k", "greedy"),
             "average": ("macro", "micro"),
-            "step_mode": ("phrases", "paragraphs"),
+            "step_mode": STEP_MODES,
             "backend": ("auto", "vllm", "transformers"),
         }
         for name, allowed in choices.items():
@@ -96,11 +95,8 @@ class DiscoveryArguments:
             raise ValueError(f"held_out={self.held_out} must lie in [0, 1): some problems must choose the heads.")
 
     @property
-    def splitter(self) -> Callable[[str], list[Step]]:
-        if self.step_mode == "paragraphs":
-            return split_paragraphs
-        phrases = ReasoningPhrases.from_file(self.phrases_file) if self.phrases_file else None
-        return partial(split_reasoning, phrases=phrases)
+    def splitter(self) -> Splitter:
+        return Splitter.of(self.step_mode, self.phrases_file)
 
 
 @dataclass
