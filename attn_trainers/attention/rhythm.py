@@ -11,6 +11,7 @@ shortest span, global heads the longest.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ Horizon = tuple[int, int | None]
 
 BAND = 128
 """Query rows handled at once, and least number of tokens in a block of keys."""
+
+
+class HeadSums(NamedTuple):
+    """What the H heads of one layer say about n rows of one sequence: span (H,), waad and fai (H, n), float32."""
+
+    span: Tensor
+    waad: Tensor
+    fai: Tensor
 
 
 @dataclass
@@ -124,7 +133,7 @@ class RhythmObserver(BatchObserver):
         self.window = window
         self.horizon = (low, high)
         self._num_heads: dict[int, int] = {}
-        self._profiles: list[dict[int, tuple[Tensor, Tensor, Tensor]]] = [{} for _ in self.spans]
+        self._profiles: list[dict[int, HeadSums]] = [{} for _ in self.spans]
         self._device = attention_mask.device
 
     def observe(self, layer: LayerAttention) -> None:
@@ -151,7 +160,10 @@ class RhythmObserver(BatchObserver):
         self.check_complete()
         layers = sorted(self._num_heads)
         heads = [(layer, head) for layer in layers for head in range(self._num_heads[layer])]
-        empty = [(torch.zeros(self._num_heads[layer]), *torch.zeros(2, self._num_heads[layer], 0)) for layer in layers]
+        empty = [
+            HeadSums(torch.zeros(self._num_heads[layer]), *torch.zeros(2, self._num_heads[layer], 0))
+            for layer in layers
+        ]
         profiles = []
         for parts in self._profiles:
             rows = [parts[layer] for layer in layers] if parts else empty
@@ -169,7 +181,7 @@ def rhythm_sums(
     first_row: int,
     window: int,
     horizon: Horizon,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> HeadSums:
     """Backward spans, WAAD and FAI of one layer and one sequence, for the rows from `first_row` on, n of them.
 
     Where FAI's horizon is bounded, only a band of weights below the diagonal is computed: a fused call gives each
@@ -220,14 +232,14 @@ class _RhythmSums:
         ahead = distance >= self.low if self.high is None else (distance >= self.low) & (distance <= self.high)
         self.received[:, rows.stop - distance.shape[1] : rows.stop] += (weights * ahead).sum(dim=1)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+    def result(self) -> HeadSums:
         position = torch.arange(self.first_row, self.length, device=self.span.device)
         last = torch.full_like(position, self.length - 1)
         if self.high is not None:
             last = last.minimum(position + self.high)
         count = (last - position - self.low + 1).float()  # (n,) rows within the horizon of each token
         fai = self.received[:, self.first_row :] / count
-        return self.span, self.waad[:, self.first_row :], fai.masked_fill(count <= 0, torch.nan)
+        return HeadSums(self.span, self.waad[:, self.first_row :], fai.masked_fill(count <= 0, torch.nan))
 
 
 def _add_bands(query: Tensor, key: Tensor, scaling: float, first_row: int, reach: int, sums: _RhythmSums) -> None:

@@ -30,14 +30,16 @@ def length_penalised_rewards(correct: Tensor, lengths: Tensor, penalty: float = 
     """
     if correct.shape != lengths.shape:
         raise ValueError(
-            f"correct {tuple(correct.shape)} and lengths {tuple(lengths.shape)} must have one shape (..., G)"
+            f"correct {tuple(correct.shape)} and lengths {tuple(lengths.shape)} differ in shape; give (..., G)."
         )
     if not 0.0 <= penalty <= 1.0:
-        raise ValueError(f"penalty={penalty} must lie in [0, 1]: a correct response is never worse than a wrong one")
+        raise ValueError(
+            f"penalty={penalty} is outside [0, 1]; set it within: a correct response is never worse than a wrong one."
+        )
     # Double precision: equal lengths must give a deviation and differences of exactly zero, which 1e-8 would magnify.
     right, length = correct.detach().double(), lengths.detach().double()
     if not ((right == 0) | (right == 1)).all():
-        raise ValueError("correct must hold 0 and 1 only: threshold graded rewards before penalising length")
+        raise ValueError("correct holds other values than 0 and 1; threshold graded rewards before penalising length.")
     count = right.sum(-1, keepdim=True).clamp(min=1.0)  # (..., 1)
     mean = (right * length).sum(-1, keepdim=True) / count
     deviation = ((right * (length - mean) ** 2).sum(-1, keepdim=True) / count).sqrt()
@@ -61,7 +63,7 @@ def rloo_advantages(rewards: Tensor) -> Tensor:
     group = rewards.shape[-1]
     if group < 2:
         raise ValueError(
-            f"rewards have {group} response per prompt; leave-one-out needs num_generations of at least 2"
+            f"rewards have {group} response per prompt; leave-one-out needs num_generations of at least 2."
         )
     exact = rewards.detach().double()  # so that rounding gives no sign to the advantages of equal rewards
     scored = (~exact.isnan()).sum(-1, keepdim=True).double()  # (..., 1)
@@ -127,10 +129,11 @@ def step_scales(
     """
     for name, value in (("accuracy", accuracy), ("floor", floor)):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name}={value} must lie in [0, 1]")
+            raise ValueError(f"{name}={value} is outside [0, 1]; set it to a share within.")
     if not 0 <= answer_length <= sequence_length or sequence_length == 0:
         raise ValueError(
-            f"answer_length={answer_length} and sequence_length={sequence_length}: the answer is part of the sequence"
+            f"answer_length={answer_length} and sequence_length={sequence_length} do not fit; the "
+            "answer is part of the sequence."
         )
     scores = step_scores.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()  # (num_steps,)
@@ -166,13 +169,13 @@ def token_factors(scales: Tensor, step_ranges: Sequence[tuple[int, int]], length
             completion.
     """
     if len(scales) != len(step_ranges):
-        raise ValueError(f"{len(scales)} scales for {len(step_ranges)} step_ranges: give one scale per step")
+        raise ValueError(f"{len(scales)} scales for {len(step_ranges)} step_ranges; give one scale per step.")
     factors = scales.new_ones(length)
     previous_end = 0
     for scale, (start, end) in zip(scales.detach(), step_ranges, strict=True):
         if not previous_end <= start < end <= length:
             raise ValueError(
-                f"step_ranges: ({start}, {end}) is empty, overlaps or leaves a completion of {length} tokens"
+                f"step_ranges hold ({start}, {end}), which is empty, overlaps or leaves the {length} tokens."
             )
         factors[start:end] = scale
         previous_end = end

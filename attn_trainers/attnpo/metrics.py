@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..base.ranks import Totals
 from .responses import ScoredResponse
 
 
 KINDS = ("turn", "forward", "summary", "final", "paragraph")
 EXCLUSIONS = ("no_end_of_thinking", "several_end_of_thinking", "no_answer", "too_few_steps")
-
-Totals = dict[str, tuple[float, float]]
-"""Sum and count of each value: means over ranks are sums of sums over sums of counts."""
 
 
 def _flags(values: Sequence[bool]) -> tuple[float, float]:
@@ -35,7 +33,7 @@ def credit_totals(responses: Sequence[ScoredResponse]) -> Totals:
     correct = [r for r in responses if r.correct]
     open_to_credit = [r for r in usable if r.correct]
     totals: Totals = {
-        "correct_rescaled": _flags([bool(r.scaled.any()) for r in correct]),
+        "correct_rescaled": _flags([bool((r.attenuated | r.protected).any()) for r in correct]),
         "correct_negative": _flags([r.advantage < 0 for r in correct]),
         "steps_per_response": (float(sum(len(r.alignment.kinds) for r in usable)), float(len(usable))),
         "answer_share": (sum(r.answer_length / r.sequence_length for r in usable), float(len(usable))),
@@ -46,13 +44,11 @@ def credit_totals(responses: Sequence[ScoredResponse]) -> Totals:
     }
     num_steps = float(sum(len(r.alignment.kinds) for r in open_to_credit))
     num_tokens = float(sum(int(r.step_lengths.sum()) for r in open_to_credit))
-    for name, chosen in {
-        "attenuated": [r for r in open_to_credit if r.advantage > 0],
-        "protected": [r for r in open_to_credit if r.advantage < 0],
-    }.items():
-        totals[f"steps_{name}"] = float(sum(int(r.scaled.sum()) for r in chosen)), num_steps
-        totals[f"tokens_{name}"] = float(sum(int(r.step_lengths[r.scaled].sum()) for r in chosen)), num_tokens
-    attenuated = [r.scales[r.scaled] for r in open_to_credit if r.advantage > 0 and r.scales is not None]
+    for name in ("attenuated", "protected"):
+        scaled = [(r.step_lengths, getattr(r, name)) for r in open_to_credit]
+        totals[f"steps_{name}"] = float(sum(int(steps.sum()) for _, steps in scaled)), num_steps
+        totals[f"tokens_{name}"] = float(sum(int(lengths[steps].sum()) for lengths, steps in scaled)), num_tokens
+    attenuated = [r.positive_scales[r.attenuated] for r in open_to_credit if r.positive_scales is not None]
     totals["scale_attenuated"] = (
         float(sum(scales.sum().item() for scales in attenuated)),
         float(sum(len(scales) for scales in attenuated)),
@@ -88,37 +84,39 @@ def _score_totals(usable: Sequence[ScoredResponse]) -> Totals:
     return totals
 
 
-def group_metrics(correct: Tensor, lengths: Tensor) -> dict[str, float]:
+def group_metrics(groups: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """Accuracy and length by the length of a response within its group, and by the accuracy of the group.
 
     Args:
-        correct: (P, G) 1 or 0; NaN for responses that could not be scored, which count as wrong here.
-        lengths: (P, G) tokens of each response.
+        groups: per prompt its G responses: (G,) 1 or 0, NaN for one that could not be scored, which counts as wrong
+            here; and (G,) tokens.
 
     Returns:
         `accuracy`; `groups_all_correct`; `length_group/{short,median,long}/{accuracy_mean,length_mean}`, the thirds of
         each group by length; `accnum_group/{low,mid,high}/{proportion,length_mean}`, prompts with fewer than G/3,
         fewer than 2G/3 and more correct responses. NaN for the length of a class without prompts.
     """
-    right, length = correct.nan_to_num(nan=0.0).double(), lengths.double()
-    group = right.shape[-1]
+    by_length: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in ("short", "median", "long")}
+    by_accuracy: dict[str, list[Tensor]] = {name: [] for name in ("low", "mid", "high")}
+    all_right = []
+    for correct, lengths in groups:
+        right, length = correct.nan_to_num(nan=0.0).double().cpu(), lengths.double().cpu()
+        size, count = len(right), right.sum().item()
+        order = length.argsort(stable=True)
+        for index, name in enumerate(by_length):
+            members = order[torch.arange(size) * 3 // size == index]
+            by_length[name].append((right[members], length[members]))
+        by_accuracy["low" if count < size / 3 else "mid" if count < 2 * size / 3 else "high"].append(length)
+        all_right.append(right)
     values = {
-        "accuracy": right.mean().item(),
-        "groups_all_correct": (right.sum(-1) == group).double().mean().item(),
+        "accuracy": torch.cat(all_right).mean().item(),
+        "groups_all_correct": sum(bool(right.all()) for right in all_right) / len(all_right),
     }
-    order = length.argsort(dim=-1, stable=True)
-    third = torch.arange(group, device=order.device) * 3 // group  # of each rank by length
-    for index, name in enumerate(("short", "median", "long")):
-        members = order[:, third == index]  # (P, members)
-        values[f"length_group/{name}/accuracy_mean"] = right.gather(-1, members).mean().item()
-        values[f"length_group/{name}/length_mean"] = length.gather(-1, members).mean().item()
-    count = right.sum(-1)  # (P,)
-    classes = {
-        "low": count < group / 3,
-        "mid": (count >= group / 3) & (count < 2 * group / 3),
-        "high": count >= 2 * group / 3,
-    }
-    for name, prompts in classes.items():
-        values[f"accnum_group/{name}/proportion"] = prompts.double().mean().item()
-        values[f"accnum_group/{name}/length_mean"] = length[prompts].mean().item()
+    for name, parts in by_length.items():
+        right, length = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        values[f"length_group/{name}/accuracy_mean"] = right.mean().item()
+        values[f"length_group/{name}/length_mean"] = length.mean().item()
+    for name, lengths in by_accuracy.items():
+        values[f"accnum_group/{name}/proportion"] = len(lengths) / len(groups)
+        values[f"accnum_group/{name}/length_mean"] = torch.cat(lengths).mean().item() if lengths else float("nan")
     return values

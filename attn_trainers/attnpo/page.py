@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
+from ..base.ranks import Ranks
 from .responses import ScoredResponse
 
 
@@ -131,9 +129,14 @@ def response_record(response: ScoredResponse, tokenizer) -> dict:
     }
 
 
-def write_responses(path: Path, responses: Sequence[ScoredResponse], tokenizer, accelerator: Accelerator) -> None:
-    """Write the records of all ranks' responses, one JSON object a line; called on every rank."""
-    records = gather_object([response_record(response, tokenizer) for response in responses])
-    if accelerator.is_main_process:
+def write_report(folder: Path, step: int, responses: Sequence[ScoredResponse], tokenizer, ranks: Ranks) -> None:
+    """Write the page of one of the first rank's responses, and the records of all ranks' responses, one JSON object a
+    line; called on every rank."""
+    name = f"step-{step:06d}"
+    records = ranks.gather_list([response_record(response, tokenizer) for response in responses])
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = max(responses, key=lambda r: (int((r.attenuated | r.protected).sum()), len(r.alignment.kinds)))
+        write_response_page(folder / f"{name}.html", shown, tokenizer, title=f"Step {step}")
         lines = (json.dumps(record, ensure_ascii=False) for record in records)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

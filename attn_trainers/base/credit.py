@@ -1,26 +1,28 @@
-"""What trainers share that weigh each token's advantage by the model's attention: capture, metrics, rank safety.
+"""Credit as an object that any trainer takes: what a credit method is asked, and what it answers.
 
-A method built on it is a file of pure functions and a thin trainer: it names an observer for a batch of completions,
-and turns what the observer saw into credit factors per token. Rollouts, rewards and advantages stay TRL's.
+A credit method reads the model's attention over completions and answers with a factor per token, by which the host
+multiplies the advantages. It knows nothing of where the completions come from: the GRPO host
+(`attn_trainers.base.credit_trainer`) shows it groups, AttnRL's trainer the leaves of trees.
 """
 
-import time
-from abc import abstractmethod
-from contextlib import nullcontext
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..attention import AttentionObserver, LayerAttention, forward_for_attention, observe_attention
-from .checkpoints import check_save_interval
-from .trainer import BaseTrainer
+from ..attention import AttentionObserver
+from .ranks import Ranks, Totals
+from .report import Report
 
 
 @dataclass(frozen=True)
 class CompletionBatch:
-    """This rank's prompts and completions as they enter the forward for old log-probs.
+    """Prompts and completions of one rank as they enter a forward.
 
     Attributes:
         input_ids: (B, P+T), prompts padded on the left, completions on the right.
@@ -32,9 +34,25 @@ class CompletionBatch:
     attention_mask: Tensor
     completion_width: int
 
+    @classmethod
+    def of(cls, batch: dict[str, Tensor]) -> "CompletionBatch":
+        """From the tensors `prompt_ids`, `prompt_mask` (B, P), `completion_ids` and `completion_mask` (B, T)."""
+        return cls(
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),  # (B, P+T)
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),  # (B, P+T)
+            batch["completion_ids"].size(1),
+        )
+
     @property
     def prompt_lengths(self) -> list[int]:
         return self.attention_mask[:, : -self.completion_width].sum(dim=1).tolist()
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        """Real prompt tokens of each row."""
+        width = self.input_ids.size(1) - self.completion_width
+        ids = self.input_ids[:, :width].tolist()
+        return [row[width - length :] for row, length in zip(ids, self.prompt_lengths, strict=True)]
 
     @property
     def completion_ids(self) -> list[list[int]]:
@@ -44,162 +62,203 @@ class CompletionBatch:
         return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
-class _TimedObserver:
-    """Adds up the seconds an observer takes (on a GPU: to enqueue its work)."""
+@dataclass
+class SignalPass:
+    """One batch and what a forward over it showed.
 
-    def __init__(self, observer: AttentionObserver):
-        self.observer = observer
-        self.layers = observer.layers
-        self.seconds = 0.0
-
-    def observe(self, layer: LayerAttention) -> None:
-        start = time.perf_counter()
-        self.observer.observe(layer)
-        self.seconds += time.perf_counter() - start
-
-
-class AttentionCreditTrainer(BaseTrainer):
-    """
-    Base of trainers whose per-token credit comes from attention.
-
-    The signal is read in the no-grad forward that TRL makes for old log-probs; where TRL makes none, in one forward up
-    to the last layer that is needed. `_compute_loss` multiplies the advantages by the factors and calls the parent:
-    with all factors 1, the loss is bit-equal to the parent's. In evaluation nothing differs from [`~trl.GRPOTrainer`].
-
-    A subclass implements `make_observer` and `assign_credit`. Both are called on every rank in every training batch.
+    Attributes:
+        batch: the rows.
+        observer: the credit method's own, having seen all rows; `None` where it wanted none.
+        entropies: (B, T) entropy of the distribution each completion token was drawn from, where it was asked for.
+        seconds: time the observer took (on a GPU: to enqueue its work).
     """
 
-    # Name under which metrics appear, e.g. "attnpo".
-    metric_prefix: str
-    # Whether `entropies` is wanted: the entropy at each completion token, from the same forward.
-    needs_entropies = False
+    batch: CompletionBatch
+    observer: AttentionObserver | None = None
+    entropies: Tensor | None = None
+    seconds: float = 0.0
 
-    def __init__(self, model, reward_funcs, args, **kwargs):
-        for name in ("tools", "environment_factory"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is set, but {type(self).__name__} reads single-turn completions; unset it.")
-        super().__init__(model, reward_funcs, args=args, **kwargs)
-        check_save_interval(args)
-        self.rewards_per_func: Tensor | None = None
-        self.entropies: Tensor | None = None
-        self._awaits_signal = False
-        self._batch: CompletionBatch | None = None
-        self._observer: _TimedObserver | None = None
 
-    @abstractmethod
-    def make_observer(self, batch: CompletionBatch) -> AttentionObserver | None:
-        """An observer of this batch, or `None` where no signal is needed (the same on every rank)."""
+@dataclass(frozen=True)
+class RowFacts:
+    """What is known of the rows of a batch, in their order.
 
-    @abstractmethod
-    def assign_credit(self, output: dict[str, Tensor], batch: CompletionBatch, observer: AttentionObserver | None):
-        """Set `output["credit"]`, (B, T) factors of the advantages, and change `output["advantages"]` if need be.
+    Attributes:
+        keys: name of each row, the same on any number of ranks, for what is drawn at random.
+        correct: (B,) 1 or 0; NaN where it could not be said.
+        accuracies: (B,) share of correct completions of the row's prompt, 0 where none could be judged.
+    """
+
+    keys: list[str]
+    correct: Tensor
+    accuracies: Tensor
+
+
+@dataclass(frozen=True)
+class CreditContext:
+    """Where the run stands, and what a credit method may ask of its host.
+
+    Attributes:
+        ranks: the ranks of the run.
+        step, max_steps: optimizer steps done and planned.
+        observe: shows a batch's attention to an observer in a forward of its own; every rank calls it alike.
+        folder: output folder of the run.
+        rewards: (N,) weighted reward of all rows of all ranks, NaN where none could be given; `None` on trees.
+        group_size: rows of a prompt, which follow each other; `None` on trees.
+    """
+
+    ranks: Ranks
+    step: int
+    max_steps: int
+    observe: Callable[[CompletionBatch, AttentionObserver], None]
+    folder: Path
+    rewards: Tensor | None = None
+    group_size: int | None = None
+
+
+@dataclass
+class BatchCredit:
+    """What a credit method answers for one generation batch.
+
+    Attributes:
+        factors: per pass (B, T), by which advantages are multiplied; `None`: all are 1.
+        advantages: per pass (B,) or (B, T) in place of the host's own; `None` keeps those.
+        totals: sums and counts over this rank's rows, logged as means over all ranks.
+        values: logged as they are; the same on every rank.
+        details: what the method made of each row, for its reports.
+    """
+
+    factors: list[Tensor] | None = None
+    advantages: list[Tensor] | None = None
+    totals: Totals = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+    details: Any = None
+
+
+class CreditMethod(ABC):
+    """
+    How advantages are weighed per token. A method defines `observer` and `factors`, and of the rest what it needs.
+
+    All methods are called on every rank in every generation batch, in the order in which they stand here.
+
+    Attributes:
+        prefix: under which its metrics appear.
+        needs_entropies: whether `SignalPass.entropies` is wanted.
+        success_threshold: least weighted reward of a correct completion.
+    """
+
+    prefix: str
+    needs_entropies: bool = False
+    success_threshold: float = 0.5
+
+    def settings(self) -> dict[str, object]:
+        """Its settings by name, for the model's card."""
+        return {}
+
+    def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+        """What it says of a run, and refuses, before the model is loaded; as `MethodConfig.preflight`."""
+
+    def check_trees(self) -> None:
+        """Refuse settings that need whole groups of independent completions.
+
+        Raises:
+            ValueError: naming field, value and fix.
+        """
+
+    def setup(self, model, tokenizer, reward_names: Sequence[str], seed: int) -> None:
+        """Learn of the run, once, before it starts.
 
         Args:
-            output: what TRL's `_generate_and_score_completions` returned; `completion_ids` etc. are (B, T).
-            batch: the rows the observer saw, in the same order.
-            observer: what `make_observer` returned, having seen all rows.
+            model: the model that is trained.
+            tokenizer: its tokenizer.
+            reward_names: names of the F reward functions.
+            seed: of the run.
+
+        Raises:
+            ValueError: for what does not fit the model.
         """
 
-    def log_metric(self, name: str, value: float) -> None:
-        """Add a value to the mean that is logged as `<metric_prefix>/<name>`."""
-        self._metrics["train"][f"{self.metric_prefix}/{name}"].append(value)
+    def judge(self, rewards_per_func: Tensor, weights: Tensor) -> Tensor:
+        """Which completions are correct: (N,) 1 or 0, NaN where it cannot be said.
 
-    def mean_over_ranks(self, total: float, count: float) -> float:
-        """Sum of totals over sum of counts over all ranks, NaN where nothing was counted; a collective."""
-        sums = torch.tensor([total, count], dtype=torch.float32, device=self.accelerator.device)
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return total / count if count else float("nan")
-
-    def log_means(self, totals: dict[str, tuple[float, float]]) -> None:
-        """Log each value's sum over its count, both over all ranks, in one collective; names are the same on all."""
-        sums = torch.tensor(list(totals.values()), dtype=torch.float64, device=self.accelerator.device)  # (N, 2)
-        for name, (total, count) in zip(totals, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True):
-            self.log_metric(name, total / count if count else float("nan"))
-
-    def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
-        self._awaits_signal = self._parent_reads_old_logps
-        output = super()._generate_and_score_completions(inputs)
-        if self._batch is None:
-            self._read_signal_alone(output)
-        observer = self._observer
-        self.assign_credit(output, self._batch, observer.observer if observer else None)
-        self.log_metric("seconds/attention", observer.seconds if observer else 0.0)
-        self._batch = self._observer = self.entropies = None
-        return output
-
-    @property
-    def _parent_reads_old_logps(self) -> bool:
-        """TRL's condition for a forward over the policy before the reference model's (which, with an adapter, is the
-        policy's own model with the adapter off)."""
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        misaligned = self.args.gradient_accumulation_steps % generate_every != 0
-        return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
-
-    def _begin_signal(self, input_ids: Tensor, attention_mask: Tensor, completion_width: int) -> None:
-        self._awaits_signal = False
-        self._batch = CompletionBatch(input_ids, attention_mask, completion_width)
-        observer = self.make_observer(self._batch)
-        self._observer = _TimedObserver(observer) if observer is not None else None
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        parent = super()._get_per_token_logps_and_entropies
-        # The first forward of a training batch over the policy is TRL's for old log-probs; the loss comes later.
-        if not self._awaits_signal or model is not self.model or torch.is_grad_enabled():
-            return parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        self._begin_signal(input_ids, attention_mask, logits_to_keep)
-        if self.needs_entropies:
-            kwargs["compute_entropy"] = True
-        with observe_attention(self.model, self._observer) if self._observer else nullcontext():
-            logps, entropies, aux_loss = parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        self.entropies = entropies
-        return logps, entropies, aux_loss
-
-    def _read_signal_alone(self, output: dict[str, Tensor]) -> None:
-        """A forward for the signal, where TRL made none over the policy."""
-        input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # (B, P+T)
-        attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)  # (B, P+T)
-        self._begin_signal(input_ids, attention_mask, output["completion_ids"].size(1))
-        if self._observer or self.needs_entropies:
-            self.entropies = self.forward_for_signal(self._batch, self._observer)
-
-    def forward_for_signal(self, batch: CompletionBatch, observer: AttentionObserver | None) -> Tensor | None:
-        """Show a batch's attention to an observer, in micro-batches; every rank must call it.
-
-        Returns:
-            Entropies (B, T) where the trainer wants them.
+        Args:
+            rewards_per_func: (N, F), NaN where a function gave none.
+            weights: (F,).
         """
-        size = self.args.per_device_train_batch_size
-        # A sharded model makes all its forwards alike: after one with the plain output head, DeepSpeed (0.19) had lost
-        # the weights of TRL's fused head in the backward of the loss.
-        as_trl_does = self.needs_entropies or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if as_trl_does:
-                with observe_attention(self.model, observer) if observer else nullcontext():
-                    _, entropies, _ = super()._get_per_token_logps_and_entropies(
-                        self.model,
-                        batch.input_ids,
-                        batch.attention_mask,
-                        batch.completion_width,
-                        size,
-                        self.needs_entropies,
-                    )
-                return entropies
-            for start in range(0, batch.input_ids.size(0), size):
-                rows = slice(start, start + size)
-                forward_for_attention(self.model, batch.input_ids[rows], batch.attention_mask[rows], observer)
+        total = weighted_rewards(rewards_per_func, weights)
+        return (total >= self.success_threshold).float().masked_fill(total.isnan(), torch.nan)
+
+    def shape_rewards(self, rewards_per_func: Tensor, lengths: Tensor, groups: Tensor) -> Tensor:
+        """(N, F) rewards that advantages are made of.
+
+        Args:
+            rewards_per_func: (N, F), NaN where a function gave none.
+            lengths: (N,) completion tokens.
+            groups: (N,) index of the prompt.
+        """
+        return rewards_per_func
+
+    def reward_metrics(self, correct: Tensor, lengths: Tensor, groups: Tensor) -> dict[str, float]:
+        """What it logs of all completions of all ranks; `correct` as `judge` gives it."""
+        return {}
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor | None:
+        """(N,) advantages in place of the host's own, or `None` to keep those. Trees keep theirs.
+
+        Args:
+            rewards: (N,) weighted sum of the shaped rewards; NaN for a completion no function scored.
+            groups: (N,) index of the prompt.
+        """
         return None
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rewards_per_func = rewards  # (ranks·B, F); not in TRL's output
-        return rewards
+    @abstractmethod
+    def observer(self, batch: CompletionBatch) -> AttentionObserver | None:
+        """An observer of a batch, or `None` where no signal is needed (the same on every rank)."""
 
-    def _compute_loss(self, model, inputs):
-        if "credit" in inputs:
-            advantages = inputs["advantages"]
-            if advantages.dim() == 1:
-                advantages = advantages.unsqueeze(1)  # (B, 1)
-            inputs = {**inputs, "advantages": advantages * inputs["credit"]}  # (B, T)
-        return super()._compute_loss(model, inputs)
+    @abstractmethod
+    def factors(
+        self,
+        passes: Sequence[SignalPass],
+        advantages: Sequence[Tensor],
+        facts: Sequence[RowFacts],
+        context: CreditContext,
+    ) -> BatchCredit:
+        """Factors of a generation batch.
+
+        Args:
+            passes: the batches as they were observed.
+            advantages: per pass (B, 1), or (B, T) where they differ between tokens; the sign may change in a row.
+            facts: per pass, of its rows.
+            context: of the run.
+        """
+
+    def report(self, credit: BatchCredit, context: CreditContext) -> None:
+        """Write what it shows of a generation batch, once it is logged."""
+
+    def state_dict(self) -> dict:
+        """What outlives a batch, as JSON types."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a state that `state_dict` gave."""
+
+
+def weighted_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
+    """(N,) weighted sum of (N, F) rewards, those left out that a function did not give; NaN where none gave any."""
+    total = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(dim=1)  # (N,)
+    return total.masked_fill(rewards_per_func.isnan().all(dim=1), torch.nan)
+
+
+def group_accuracies(correct: Tensor, groups: Tensor) -> Tensor:
+    """(N,) share of correct completions of each row's prompt among those that could be judged; 0 where none could.
+
+    Args:
+        correct: (N,) 1 or 0, NaN where it could not be said.
+        groups: (N,) index of the prompt.
+    """
+    _, index = groups.unique(return_inverse=True)  # (N,)
+    known = ~correct.isnan()
+    sums = correct.new_zeros(int(index.max()) + 1 if len(index) else 0)
+    right = sums.index_add(0, index, correct.nan_to_num(nan=0.0))
+    count = sums.index_add(0, index, known.to(correct.dtype))
+    return (right / count.clamp(min=1.0))[index]

@@ -147,13 +147,13 @@ class SafeExitCallback(TrainerCallback):
 class SafeExitMixin:
     """Sealed checkpoints and a clean stop on SIGTERM, for a `GRPOTrainer` subclass (named before it in the bases)."""
 
-    def __init__(self, model, reward_funcs, args, **kwargs):
+    def __init__(self, model, reward_funcs, args, *more, **kwargs):
         if args.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint=True would write a checkpoint inside a generation batch on SIGTERM; leave it "
                 "False: SIGTERM is answered with a checkpoint at the end of the batch."
             )
-        super().__init__(model, reward_funcs, args=args, **kwargs)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
         self._checkpoint_to_push: str | None = None
         self._safe_exit = SafeExitCallback(self)
         self.add_callback(self._safe_exit)

@@ -1,16 +1,82 @@
 """The base of all trainers here: TRL's `GRPOTrainer` with what a long run needs around any method."""
 
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from .card import CardMixin
+from .checkpoints import read_state, write_state
+from .config import MethodConfig
 from .evaluation import EvaluationMixin
+from .forwards import ForwardMixin
 from .generation import GenerationMixin
 from .interruption import SafeExitMixin
+from .ranks import Ranks, Totals
 
 
-class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, GRPOTrainer):
+class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, ForwardMixin, GRPOTrainer):
     """
     `GRPOTrainer` that generates with a limit per request and syncs vLLM right on any device (`GenerationMixin`), logs
     pass@k in evaluation (`EvaluationMixin`), leaves only whole checkpoints, one of them on SIGTERM (`SafeExitMixin`),
     and writes a card that tells method and settings (`CardMixin`).
+
+    A subclass names its `config_class` and `metric_prefix`, and says by `method_state` what outlives a step.
     """
+
+    config_class: type[MethodConfig]
+    # Name under which metrics appear, and of the state beside a checkpoint, e.g. "attnpo".
+    metric_prefix: str
+    # Arguments of `GRPOTrainer` that do not go with single-turn completions.
+    unsupported = ("tools", "environment_factory")
+
+    def __init__(self, model, reward_funcs=None, args=None, *more, **kwargs):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_name.split('/')[-1]}-{self._name}")
+        for name in self.unsupported:
+            if kwargs.get(name):
+                raise ValueError(f"{name} is set, but {type(self).__name__} takes single-turn completions; unset it.")
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        self.ranks = Ranks(self.accelerator)
+
+    # ---- metrics ----------------------------------------------------------------------------------------------------
+
+    def log_values(self, values: Mapping[str, float], prefix: str = "") -> None:
+        """Add values to the means that are logged, as `<prefix>/<name>` where a prefix is given."""
+        for name, value in values.items():
+            self._metrics["train"][f"{prefix}/{name}" if prefix else name].append(value)
+
+    def log_means(self, totals: Totals, prefix: str) -> None:
+        """Log each value's sum over its count, both over all ranks, in one collective; names are the same on all."""
+        self.log_values(self.ranks.means(totals), prefix)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Log the seconds of the context as `<metric_prefix>/seconds/<name>`."""
+        start = time.perf_counter()
+        yield
+        self.log_values({f"seconds/{name}": time.perf_counter() - start}, self.metric_prefix)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def method_state(self) -> dict:
+        """What of the method outlives a step, as JSON types; saved beside each checkpoint."""
+        return {}
+
+    def load_method_state(self, state: dict) -> None:
+        """Take up what `method_state` gave."""
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+            write_state(folder, self.metric_prefix, self.method_state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state = read_state(checkpoint, self.metric_prefix) if checkpoint is not None else None
+        if state is not None:
+            self.load_method_state(state)

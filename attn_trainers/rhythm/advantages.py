@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
+from ..base.options import require_choice
+
 
 MIN_GROUP_STD = 0.05
 
 
 def _check_combination(rows: int, group_size: int, mode: str, gate: str) -> None:
-    if mode not in ("split", "total", "token"):
-        raise ValueError(f"mode is {mode!r}: choose one of split, total, token")
-    if gate not in ("always", "correct_only"):
-        raise ValueError(f"gate is {gate!r}: choose one of always, correct_only")
+    require_choice("mode", mode, ("split", "total", "token"))
+    require_choice("gate", gate, ("always", "correct_only"))
     if group_size < 1 or rows % group_size:
-        raise ValueError(f"group_size is {group_size}: give a divisor of the number of rows, {rows}")
+        raise ValueError(f"group_size={group_size} is no divisor of the {rows} rows; give one.")
 
 
 def combine_advantages(
@@ -58,11 +58,11 @@ def combine_advantages(
     if lam == 0:
         return task_advantages
     if gate == "correct_only" and correct is None:
-        raise ValueError("correct is None: gate 'correct_only' needs it")
+        raise ValueError("correct=None; gate 'correct_only' needs it.")
     if mode == "total" and task_rewards is None:
-        raise ValueError("task_rewards is None: mode 'total' needs it")
+        raise ValueError("task_rewards=None; mode 'total' needs them.")
     if mode == "token" and mask is None:
-        raise ValueError("mask is None: mode 'token' needs it")
+        raise ValueError("mask=None; mode 'token' needs it.")
     counted = torch.ones_like(task_advantages, dtype=torch.bool) if gate == "always" else correct.bool()  # (B,)
     if mode == "total":
         scored = ~task_rewards.isnan()

@@ -117,7 +117,8 @@ def breadth_and_concentration(
     """
     if queries[0].shape[1] != prompt_length + len(fai):
         raise ValueError(
-            f"queries hold {queries[0].shape[1]} positions: give prompt_length + len(fai) = {prompt_length + len(fai)}"
+            f"queries hold {queries[0].shape[1]} positions; give prompt_length + len(fai) = "
+            f"{prompt_length + len(fai)}."
         )
     anchors = anchor_tokens(fai, ANCHOR_FRACTION)
     breadth, concentration = torch.empty(2, len(fai), dtype=torch.float32, device=queries[0].device)

@@ -9,97 +9,13 @@ dominated anchors, the lookback and the choice of the introductory token. Each i
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Self
 
 import torch
 from torch import Tensor
 
-
-SCHEMES = ("none", "local", "global", "coupled", "random", "entropy")
-BOTTOM_SCHEMES = ("local_bottom", "global_bottom", "coupled_bottom", "entropy_bottom")
-# The paper's two versions differ in the advantages that are scaled and in FAI's horizon (least, greatest distance).
-PRESET_GAMMA_SIGN = {"paper_v2": "both", "paper_v1": "pos"}
-PRESET_FAI_HORIZON = {"paper_v2": (10, 100), "paper_v1": (10, 50)}
-
-
-def _require_choice(field: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field} is {value!r}: choose one of {', '.join(choices)}")
-
-
-def _require_share(field: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{field} is {value!r}: give a number between 0 and 1")
-
-
-@dataclass(frozen=True)
-class CreditOptions:
-    """How factors are formed.
-
-    Args:
-        amplification: gamma_amp, factor of a selected token, at least 1 (paper: 1.5).
-        top_fraction: q, share of a response's tokens that is selected (paper: 0.4).
-        delta_mode: change of WAAD from a token to the next: "abs" (Eq 14) or "drop" (falls only).
-        intro_mode: the token before a dominated anchor that shares its credit: "argmax_delta" or "argmax_waad".
-        alpha: share of a dominated anchor's bonus that goes to its introductory token (Eq 19).
-        lookback: k, number of tokens before an anchor in which a recent WAAD peak is sought (paper: 1, 2 or 3).
-        tau_waad: level of the quantile of the response's WAAD that a dominated anchor must not exceed (0.5: median).
-        tau_delta: level of the quantile of the response's Delta that the lookback must reach; None: 1 - top_fraction,
-            so that the recent peak is itself a preplan token.
-        overlap: factor of a token that is both anchor and introductory token: bonuses are added ("additive", Eq 19),
-            the larger one counts ("max"), or the introductory one replaces the other ("overwrite").
-        renorm: "none" (paper) or "mean1": factors are divided by their mean over the response.
-        gamma_sign: advantages that are scaled, see `apply_sign` (`credit_factors` sees no advantage and leaves it be).
-
-    Raises:
-        ValueError: for a field outside its range.
-    """
-
-    amplification: float = 1.5
-    top_fraction: float = 0.4
-    delta_mode: str = "abs"
-    intro_mode: str = "argmax_delta"
-    alpha: float = 0.5
-    lookback: int = 3
-    tau_waad: float = 0.5
-    tau_delta: float | None = None
-    overlap: str = "additive"
-    renorm: str = "none"
-    gamma_sign: str = "both"
-
-    def __post_init__(self) -> None:
-        if not 1.0 <= self.amplification < math.inf:
-            raise ValueError(f"amplification is {self.amplification!r}: give a finite factor of at least 1")
-        if self.lookback < 1:
-            raise ValueError(f"lookback is {self.lookback!r}: give a whole number of at least 1")
-        _require_share("top_fraction", self.top_fraction)
-        _require_share("alpha", self.alpha)
-        _require_share("tau_waad", self.tau_waad)
-        _require_share("tau_delta", self.tau_delta_level)
-        _require_choice("delta_mode", self.delta_mode, ("abs", "drop"))
-        _require_choice("intro_mode", self.intro_mode, ("argmax_delta", "argmax_waad"))
-        _require_choice("overlap", self.overlap, ("additive", "max", "overwrite"))
-        _require_choice("renorm", self.renorm, ("none", "mean1"))
-        _require_choice("gamma_sign", self.gamma_sign, ("both", "pos", "neg"))
-
-    @property
-    def tau_delta_level(self) -> float:
-        return 1.0 - self.top_fraction if self.tau_delta is None else self.tau_delta
-
-    @classmethod
-    def from_preset(cls, name: str) -> Self:
-        """Options of a version of the paper: "paper_v2" or "paper_v1" (its FAI horizon is in `PRESET_FAI_HORIZON`)."""
-        _require_choice("preset", name, tuple(PRESET_GAMMA_SIGN))
-        return cls(gamma_sign=PRESET_GAMMA_SIGN[name])
-
-    @classmethod
-    def from_keywords(cls, keywords: dict) -> Self:
-        names = [field.name for field in fields(cls)]
-        for name in keywords:
-            _require_choice("option", name, names)
-        return cls(**keywords)
+from ..base.options import require_choice
+from .options import BOTTOM_SCHEMES, SCHEMES, CreditOptions
 
 
 @dataclass(frozen=True)
@@ -110,6 +26,19 @@ class CreditSets:
     anchors: Tensor  # T_glob, Eq 16
     dominated: Tensor  # D, Eq 18
     intro: Tensor  # I(D)
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Credit of one response.
+
+    Attributes:
+        factors: (n,) gamma_t.
+        sets: its token sets under the scheme's selection, also where the scheme does not use them.
+    """
+
+    factors: Tensor
+    sets: CreditSets
 
 
 def top_tokens(values: Tensor, fraction: float, *, largest: bool = True) -> Tensor:
@@ -226,7 +155,7 @@ def _checked(waad: Tensor, fai: Tensor) -> tuple[Tensor, Tensor]:
     """Both signals in float64: differences of float32 or bfloat16 values are then exact and ties stay ties."""
     if waad.dim() != 1 or fai.shape != waad.shape:
         raise ValueError(
-            f"waad has shape {tuple(waad.shape)} and fai {tuple(fai.shape)}: give (n,), one value per response token"
+            f"waad has shape {tuple(waad.shape)} and fai {tuple(fai.shape)}; give (n,), one value per response token."
         )
     return waad.detach().double(), fai.detach().double()
 
@@ -246,21 +175,67 @@ def _selected_tokens(
         return sets.anchors
     if kind == "random":
         if generator is None:
-            raise ValueError("generator is None: scheme 'random' draws from a torch.Generator, give one")
+            raise ValueError("generator=None; scheme 'random' draws from a torch.Generator, give one.")
         if eligible is None:
             return random_tokens(len(sets.anchors), options.top_fraction, generator).to(sets.anchors.device)
         draws = torch.rand(len(sets.anchors), generator=generator, device=generator.device)
         return top_tokens(_only(draws, eligible), options.top_fraction).to(sets.anchors.device)
     if entropies is None or entropies.shape != sets.anchors.shape:
         raise ValueError(
-            f"entropies is {None if entropies is None else tuple(entropies.shape)}: scheme 'entropy' needs one entropy"
-            f" per response token, {tuple(sets.anchors.shape)}"
+            f"entropies={None if entropies is None else tuple(entropies.shape)}; scheme 'entropy' needs one entropy"
+            f" per response token, {tuple(sets.anchors.shape)}."
         )
     entropies = _only(entropies.detach().double().to(sets.anchors.device), eligible)
     return top_tokens(entropies, options.top_fraction, largest=largest)
 
 
 @torch.no_grad()
+def response_credit(
+    waad: Tensor,
+    fai: Tensor,
+    scheme: str,
+    options: CreditOptions | None = None,
+    *,
+    entropies: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eligible: Tensor | None = None,
+) -> Credit:
+    """Factors gamma_t (n,) of one response's tokens (arXiv 2510.13554v2 section 5.2, Eq 14-19), detached, and the sets
+    they were made of.
+
+    Args:
+        waad: (n,) windowed average attention distance in tokens, 0 to W.
+        fai: (n,) future attention influence, 0 to 1, NaN where undefined (never selected).
+        scheme: "none" (all 1), "local" (preplan tokens), "global" (anchors), "coupled" (anchors, credit shared with
+            the introductory token), the baselines "random" and "entropy"; "local_bottom", "global_bottom",
+            "coupled_bottom", "entropy_bottom" select the lowest instead of the highest values (Table 5).
+        options: how factors are formed; default: the paper's.
+        entropies: (n,) in nats, for the entropy schemes: entropy of the distribution each token was sampled from.
+        generator: source of randomness, for "random".
+        eligible: (n,) boolean, tokens that may be selected; None: all.
+
+    Returns:
+        Factors in waad's dtype and on its device; at least 1 unless renorm is "mean1"; all 1 for n < 2.
+
+    Raises:
+        ValueError: for an unknown scheme, unequal shapes, a missing `entropies` or `generator`.
+    """
+    require_choice("scheme", scheme, SCHEMES + BOTTOM_SCHEMES)
+    settings = options or CreditOptions()
+    kind, largest = scheme.removesuffix("_bottom"), not scheme.endswith("_bottom")
+    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
+    if kind == "none" or len(waad) < 2:
+        return Credit(torch.ones_like(waad), sets)
+    if kind == "coupled":
+        factors = coupled_factors(sets, settings)
+    else:
+        selected = _selected_tokens(sets, kind, settings, largest, entropies, generator, eligible)
+        factors = 1.0 + (settings.amplification - 1.0) * selected.double()
+    if settings.renorm == "mean1":
+        factors = factors / factors.mean()
+    return Credit(factors.to(waad.dtype), sets)
+
+
 def credit_factors(
     waad: Tensor,
     fai: Tensor,
@@ -271,40 +246,17 @@ def credit_factors(
     eligible: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """Factors gamma_t (n,) of one response's tokens (arXiv 2510.13554v2 section 5.2, Eq 14-19), detached.
-
-    Args:
-        waad: (n,) windowed average attention distance in tokens, 0 to W.
-        fai: (n,) future attention influence, 0 to 1, NaN where undefined (never selected).
-        scheme: "none" (all 1), "local" (preplan tokens), "global" (anchors), "coupled" (anchors, credit shared with
-            the introductory token), the baselines "random" and "entropy"; "local_bottom", "global_bottom",
-            "coupled_bottom", "entropy_bottom" select the lowest instead of the highest values (Table 5).
-        entropies: (n,) in nats, for the entropy schemes: entropy of the distribution each token was sampled from.
-        generator: source of randomness, for "random".
-        eligible: (n,) boolean, tokens that may be selected; None: all.
-        options: fields of `CreditOptions`; `**vars(options)` passes a whole object.
-
-    Returns:
-        (n,) in waad's dtype and device; at least 1 unless renorm is "mean1"; all 1 for n < 2.
+    """The factors (n,) of `response_credit`, with the fields of `CreditOptions` as keywords.
 
     Raises:
-        ValueError: for an unknown scheme or option, a value out of range, unequal shapes, a missing `entropies` or
-            `generator`.
+        ValueError: as `response_credit`, and for an unknown option or a value out of range.
     """
-    _require_choice("scheme", scheme, SCHEMES + BOTTOM_SCHEMES)
-    settings = CreditOptions.from_keywords(options)
-    kind, largest = scheme.removesuffix("_bottom"), not scheme.endswith("_bottom")
-    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
-    if kind == "none" or len(waad) < 2:
-        return torch.ones_like(waad)
-    if kind == "coupled":
-        factors = coupled_factors(sets, settings)
-    else:
-        selected = _selected_tokens(sets, kind, settings, largest, entropies, generator, eligible)
-        factors = 1.0 + (settings.amplification - 1.0) * selected.double()
-    if settings.renorm == "mean1":
-        factors = factors / factors.mean()
-    return factors.to(waad.dtype)
+    known = [one.name for one in fields(CreditOptions)]
+    for name in options:
+        require_choice("option", name, known)
+    settings = CreditOptions(**options)
+    drawn = {"entropies": entropies, "generator": generator, "eligible": eligible}
+    return response_credit(waad, fai, scheme, settings, **drawn).factors
 
 
 def apply_sign(factors: Tensor, advantage: Tensor | float, gamma_sign: str = "both") -> Tensor:
@@ -315,7 +267,7 @@ def apply_sign(factors: Tensor, advantage: Tensor | float, gamma_sign: str = "bo
         advantage: a number, or a tensor that broadcasts against the factors, such as (B, 1).
         gamma_sign: "both", "pos" (advantage > 0) or "neg" (advantage < 0).
     """
-    _require_choice("gamma_sign", gamma_sign, ("both", "pos", "neg"))
+    require_choice("gamma_sign", gamma_sign, ("both", "pos", "neg"))
     if gamma_sign == "both":
         return factors
     advantage = torch.as_tensor(advantage, device=factors.device)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..attention.heads import HeadSets, jaccard
-from .credit import CreditOptions, credit_sets
-
-
-Totals = dict[str, tuple[float, float]]
+from ..base.ranks import Totals
+from .credit import Credit
 
 
 def mean_of_defined(values: Sequence[Tensor]) -> tuple[float, float]:
@@ -21,36 +19,29 @@ def mean_of_defined(values: Sequence[Tensor]) -> tuple[float, float]:
     return sum(value.sum().item() for value in defined), sum(value.numel() for value in defined)
 
 
-def factor_totals(factors: Sequence[Tensor]) -> Totals:
-    """Share of tokens with a factor above 1 and mean factor, before the advantage's sign is looked at."""
-    tokens = sum(len(row) for row in factors)
-    return {
-        "amplified_share": (sum((row > 1).sum().item() for row in factors), tokens),
-        "mean_factor": (sum(row.double().sum().item() for row in factors), tokens),
-    }
+def credit_totals(credits: Sequence[Credit], signals: Sequence[tuple[Tensor, Tensor]] | None) -> Totals:
+    """Shares of all tokens, and means, over this rank's responses.
 
+    - `amplified_share`, `mean_factor`: tokens with a factor above 1, and the mean factor, before the advantage's sign
+      is looked at.
+    - `dominated_share`, `intro_share`: |D|/n and |I(D)|/n under the scheme's selection, also where it does not use
+      them; `waad_mean` in tokens and `fai_mean` in attention weights. Only with signals.
 
-def set_totals(
-    signals: Sequence[tuple[Tensor, Tensor]],
-    factors: Sequence[Tensor],
-    eligible: Sequence[Tensor | None],
-    scheme: str,
-    options: CreditOptions,
-) -> Totals:
-    """|D|/n and |I(D)|/n over all tokens, and the means of WAAD (tokens) and FAI (attention weights)."""
-    totals = {"dominated_share": 0.0, "intro_share": 0.0}
-    tokens = 0
-    for (waad, fai), row, words in zip(signals, factors, eligible, strict=True):
-        if len(row):
-            shares = credit_metrics(waad, fai, row, scheme, eligible=words, **vars(options))
-            tokens += len(row)
-            for name in totals:
-                totals[name] += shares[name] * len(row)
-    return {
-        **{name: (total, tokens) for name, total in totals.items()},
-        "waad_mean": mean_of_defined([waad for waad, _ in signals]),
-        "fai_mean": mean_of_defined([fai for _, fai in signals]),
+    Args:
+        credits: one per response.
+        signals: WAAD and FAI (n,) of each response, or `None` where the scheme reads no attention.
+    """
+    tokens = sum(len(one.factors) for one in credits)
+    totals: Totals = {
+        "amplified_share": (sum((one.factors > 1).sum().item() for one in credits), tokens),
+        "mean_factor": (sum(one.factors.double().sum().item() for one in credits), tokens),
     }
+    if signals is not None:
+        totals["dominated_share"] = (sum(one.sets.dominated.sum().item() for one in credits), tokens)
+        totals["intro_share"] = (sum(one.sets.intro.sum().item() for one in credits), tokens)
+        totals["waad_mean"] = mean_of_defined([waad for waad, _ in signals])
+        totals["fai_mean"] = mean_of_defined([fai for _, fai in signals])
+    return totals
 
 
 def head_overlap(heads: HeadSets, previous: HeadSets | None) -> dict[str, float]:
@@ -77,38 +68,9 @@ def rhythm_metrics(means: Tensor, correct: Tensor, lengths: Tensor, chunks: Tens
     """
     means, lengths, correct = means.double(), lengths.double(), correct.bool()
     return {
-        "reward_correct": means[correct].mean().item(),
-        "reward_wrong": means[~correct].mean().item(),
-        "correlation_correct": torch.corrcoef(torch.stack([means, correct.double()]))[0, 1].item(),
-        "correlation_length": torch.corrcoef(torch.stack([means, lengths]))[0, 1].item(),
-        "chunks_per_100_tokens": (100 * chunks.sum() / lengths.sum()).item(),
-    }
-
-
-def credit_metrics(
-    waad: Tensor,
-    fai: Tensor,
-    factors: Tensor,
-    scheme: str = "coupled",
-    *,
-    eligible: Tensor | None = None,
-    **options,
-) -> dict[str, float]:
-    """What to watch of one response's credit: shares of its n tokens and the mean factor.
-
-    `dominated_share` and `intro_share` are |D|/n and |I(D)|/n under the scheme's selection, also where it does not use
-    them. On independent noise with the default options: mean factor 1.194 (coupled), |D|/n 0.15, |I(D)|/n 0.13.
-
-    Raises:
-        ValueError: for an empty response.
-    """
-    if len(factors) == 0:
-        raise ValueError("factors has shape (0,): leave empty responses out of the metrics")
-    settings, largest = CreditOptions.from_keywords(options), not scheme.endswith("_bottom")
-    sets = credit_sets(waad, fai, settings, largest=largest, eligible=eligible)
-    return {
-        "amplified_share": (factors > 1).double().mean().item(),
-        "mean_factor": factors.double().mean().item(),
-        "dominated_share": sets.dominated.double().mean().item(),
-        "intro_share": sets.intro.double().mean().item(),
+        "reward/correct": means[correct].mean().item(),
+        "reward/wrong": means[~correct].mean().item(),
+        "reward/correlation_correct": torch.corrcoef(torch.stack([means, correct.double()]))[0, 1].item(),
+        "reward/correlation_length": torch.corrcoef(torch.stack([means, lengths]))[0, 1].item(),
+        "reward/chunks_per_100_tokens": (100 * chunks.sum() / lengths.sum()).item(),
     }

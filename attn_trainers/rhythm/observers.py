@@ -61,7 +61,7 @@ class SignalObserver(RhythmObserver):
         if self.fai_tail == "nearest" and tail > 0:
             last = range(query.shape[1] - 1, query.shape[1])
             weights, _ = row_weights(query, key, layer.scaling, layer.sliding_window, last, 0)  # (H, 1, N)
-            self._profiles[row][layer.layer_idx][2][:, -tail:] = weights[:, 0, -tail:]
+            self._profiles[row][layer.layer_idx].fai[:, -tail:] = weights[:, 0, -tail:]
 
     def result(self) -> list[RhythmProfile]:
         """One profile per row, as `RhythmObserver.result`, for the n response tokens."""
@@ -117,7 +117,7 @@ class RewardObserver(SignalObserver):
         if layer.layer_idx == max(self.layers):
             queries, keys, windows = zip(*self._kept.pop(row), strict=True)
             parts = self._profiles[row]
-            fai = torch.stack([parts[idx][2][head] for idx, head in self.heads[row].global_heads]).mean(dim=0)  # (n,)
+            fai = torch.stack([parts[idx].fai[head] for idx, head in self.heads[row].global_heads]).mean(dim=0)  # (n,)
             if self.fai_tail == "zero":
                 fai = fai.nan_to_num(nan=0.0)
             self.measures[row] = breadth_and_concentration(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..attention.rhythm import peaks
 from .credit import anchor_tokens
+from .options import RhythmRewardOptions
 
 
 KEY_FRACTION = 0.4  # T_glob, the anchors that a chunk's strongest token must belong to
@@ -31,32 +32,6 @@ MIN_RESPONSE_TOKENS = 8
 PREPLAN_TOKENS = 2  # tokens at a chunk's start where attention should be broad
 KEY_REACH = 3  # a chunk's anchor should lie at most so many tokens after its start
 PREPLAN_WEIGHT, ANCHOR_WEIGHT, KEY_WEIGHT = 0.4, 0.4, 0.2
-
-
-@dataclass(frozen=True)
-class RhythmRewardOptions:
-    """How a response's rhythm is measured.
-
-    Args:
-        rank: breadth and concentration enter as their rank within the response, so that only their arrangement in time
-            counts and not how flat or sharp attention is; False: as their values.
-        norm: the response's value: "token_mean" (mean over tokens), "chunk_mean", or "sum" over chunks, which grows
-            with length.
-        segment: chunks start at "waad" peaks or, with "newline", at the line starts that the caller gives.
-
-    Raises:
-        ValueError: for an unknown norm or segment.
-    """
-
-    rank: bool = True
-    norm: str = "token_mean"
-    segment: str = "waad"
-
-    def __post_init__(self) -> None:
-        if self.norm not in ("token_mean", "chunk_mean", "sum"):
-            raise ValueError(f"norm is {self.norm!r}: choose one of token_mean, chunk_mean, sum")
-        if self.segment not in ("waad", "newline"):
-            raise ValueError(f"segment is {self.segment!r}: choose one of waad, newline")
 
 
 @dataclass(frozen=True)
@@ -145,20 +120,22 @@ def rhythm_reward(
     signals = {"waad": waad, "fai": fai, "breadth": breadth, "concentration": concentration}
     for name, signal in signals.items():
         if signal.shape != waad.shape or signal.dim() != 1:
-            raise ValueError(f"{name} has shape {tuple(signal.shape)}: give one value per token, as many as waad")
-    if options.segment == "newline" and line_starts is None:
-        raise ValueError("line_starts is None: segment 'newline' needs the index of each line's first token")
+            raise ValueError(f"{name} has shape {tuple(signal.shape)}; give one value per token, as many as waad.")
+    if options.reward_segment == "newline" and line_starts is None:
+        raise ValueError("line_starts=None; reward_segment='newline' needs the index of each line's first token.")
     n = len(waad)
     if n < MIN_RESPONSE_TOKENS or any(bool(signal.isnan().all()) for signal in signals.values()):
         zeros = torch.zeros_like(waad)
         return RhythmReward(zeros, 0.0, torch.zeros(min(n, 1), dtype=torch.long, device=waad.device), zeros[:1])
 
-    candidates = line_starts if options.segment == "newline" else peaks(waad, PEAK_FRACTION).nonzero().squeeze(1)
+    candidates = (
+        line_starts if options.reward_segment == "newline" else peaks(waad, PEAK_FRACTION).nonzero().squeeze(1)
+    )
     starts = chunk_starts(candidates, n).to(waad.device)
     index = torch.arange(n, device=waad.device)
     chunk = torch.searchsorted(starts, index, right=True) - 1  # (n,)
     in_preplan = index < starts[chunk] + PREPLAN_TOKENS
-    if options.rank:
+    if options.reward_rank:
         broad, focused = unit_ranks(breadth), unit_ranks(concentration)
     else:
         broad = breadth.double().nan_to_num(nan=0.5)
@@ -169,6 +146,6 @@ def rhythm_reward(
     chunk_rewards = (2 * score - 1).clamp(-1, 1)  # rounding alone could leave the range
     per_token = chunk_rewards[chunk]
     value = {"token_mean": per_token.mean(), "chunk_mean": chunk_rewards.mean(), "sum": chunk_rewards.sum()}[
-        options.norm
+        options.reward_norm
     ]
     return RhythmReward(per_token.to(waad.dtype), value.item(), starts, chunk_rewards.to(waad.dtype))

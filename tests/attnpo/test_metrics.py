@@ -11,7 +11,7 @@ from attn_trainers.attnpo.responses import ScoredResponse
 def test_group_metrics_in_closed_form():
     correct = torch.tensor([[1.0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, math.nan, 1, 1, 1]])
     lengths = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [9, 9, 9, 9, 9, 9], [1, 1, 1, 1, 1, 1]])
-    values = group_metrics(correct, lengths)
+    values = group_metrics(list(zip(correct, lengths, strict=True)))
     assert values["accuracy"] == pytest.approx(15 / 24)
     assert values["groups_all_correct"] == 1 / 4
     # Shortest two of each group: 1 of 2, 0 of 2, 2 of 2, 2 of 2.
@@ -22,8 +22,12 @@ def test_group_metrics_in_closed_form():
     assert [values[f"accnum_group/{name}/length_mean"] for name in ("low", "mid", "high")] == [3.5, 3.5, 5.0]
 
 
-def response(kinds: list[str], scores: list[float], scales: list[float] | None, **fields) -> ScoredResponse:
+def response(
+    kinds: list[str], scores: list[float], scales: list[float] | None, advantage: float, **fields
+) -> ScoredResponse:
     """Steps of two tokens each, `</think>`, an answer of two tokens, after a prompt of two."""
+    factors = None if scales is None else torch.tensor(scales)
+    ones = None if scales is None else torch.ones(len(scales))
     ranges = [(2 * i, 2 * i + 2) for i in range(len(kinds))]
     alignment = StepAlignment(ranges, kinds, ["text"] * len(kinds), answer_start=2 * len(kinds) + 1)
     return ScoredResponse(
@@ -31,7 +35,9 @@ def response(kinds: list[str], scores: list[float], scales: list[float] | None, 
         [1] * (2 * len(kinds) + 3),
         alignment,
         torch.tensor(scores),
-        scales=None if scales is None else torch.tensor(scales),
+        positive_scales=factors if advantage > 0 else ones,
+        negative_scales=factors if advantage < 0 else ones,
+        advantages=[advantage] * (2 * len(kinds) + 3),
         **fields,
     )
 
@@ -44,7 +50,7 @@ def test_credit_totals_in_closed_form():
         response(["forward", "summary"], [0.1, 0.4], [1.0, 0.0], **long),
         response(["forward", "turn"], [0.1, 0.1], None, correct=False, advantage=-0.5, baseline=0.2),
         ScoredResponse([1], [1, 1, 1], StepAlignment(reason="no_end_of_thinking")),
-        ScoredResponse([1], [], StepAlignment(reason="no_end_of_thinking"), correct=True, advantage=0.1),
+        ScoredResponse([1], [], StepAlignment(reason="no_end_of_thinking"), correct=True, advantages=[0.1]),
     ]
     totals = credit_totals(responses)
     assert totals["correct_rescaled"] == (2.0, 3.0)
@@ -63,4 +69,4 @@ def test_credit_totals_in_closed_form():
 
 
 def test_names_do_not_depend_on_the_responses():
-    assert list(credit_totals([])) == list(credit_totals([response(["turn"], [0.1], [1.0], correct=True)]))
+    assert list(credit_totals([])) == list(credit_totals([response(["turn"], [0.1], [1.0], 0.0, correct=True)]))

@@ -177,8 +177,8 @@ def test_attenuation_opens_with_progress_and_survives_resume(build, mix, tokeniz
     whole.train()
     assert logged(whole, "attnpo/progress") == [0.25, 0.5, 0.75, 1.0]
     # Three of four right: nothing is attenuated until more than a quarter is done; all right: from the first step on.
-    last = [response for response in whole.last_responses if response.accuracy == 0.75 and response.advantage > 0]
-    assert last and any(response.scaled.any() for response in last)
+    last = [response for response in whole.last_credit.details if response.accuracy == 0.75 and response.advantage > 0]
+    assert last and any(response.attenuated.any() for response in last)
     first = whole.outputs[0]
     three_of_four = first["advantages"].view(4, 4).lt(-0.5).any(dim=1).repeat_interleave(4)
     assert (first["credit"][three_of_four] == 1).all() and (first["credit"][~three_of_four] != 1).any()
@@ -286,13 +286,13 @@ def test_several_rewards_combine_and_unknown_correctness_is_left_out(build, mixe
     args = attnpo_config(tmp_path, accuracy_reward="correct", reward_weights=[2.0, 1.0], schedule_fraction=0.0)
     trainer = build(mixed, reward_funcs=[style, correct], args=args)
     trainer.train()
-    output, column = trainer.outputs[0], trainer.rewards_per_func
+    output, column = trainer.outputs[0], trainer.last_rewards_per_func
     assert logged(trainer, "rewards/style/mean")[0] == pytest.approx(0.075)
     assert column[:, 1].isnan().sum() == 1
     for rewards, advantages in zip(column.view(4, 4, 2), output["advantages"].view(4, 4), strict=True):
         total = (rewards.nan_to_num(nan=0.0) * torch.tensor([2.0, 1.0])).sum(1).tolist()
         torch.testing.assert_close(advantages, torch.tensor(leave_one_out(total)), rtol=1e-5, atol=1e-6)
-    group = [r for r in trainer.last_responses if r.accuracy == pytest.approx(2 / 3)]
+    group = [r for r in trainer.last_credit.details if r.accuracy == pytest.approx(2 / 3)]
     assert len(group) == 4  # of the three whose correctness is known, two are right
 
     graded = build(mixed, reward_funcs=[style], args=attnpo_config(tmp_path))

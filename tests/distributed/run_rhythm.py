@@ -38,7 +38,11 @@ class RecordedTrainer(RhythmTrainer):
             for factors, advantage, n in zip(output["credit"], advantages, lengths, strict=True)
         ]
         self.batches_seen.append(
-            {"rows": gather_object(rows), "heads": self.credit_heads[0], "calibrated": self.calibration.heads}
+            {
+                "rows": gather_object(rows),
+                "heads": self.last_credit.details.heads[0],
+                "calibrated": self.credit.calibration.heads,
+            }
         )
         return output
 

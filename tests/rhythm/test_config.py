@@ -3,8 +3,7 @@
 import pytest
 
 from attn_trainers import RhythmConfig
-from attn_trainers.rhythm.credit import CreditOptions
-from attn_trainers.rhythm.reward import RhythmRewardOptions
+from attn_trainers.rhythm.options import CreditOptions
 
 
 def config(**options) -> RhythmConfig:
@@ -17,11 +16,11 @@ def test_defaults_are_the_papers_second_version():
     assert (args.head_scope, args.reward_head_scope, args.calibration_responses) == ("batch", "calibration", 64)
     assert (args.head_pool, args.head_fraction, args.waad_window, args.row_offset) == ("middle", 0.3, 10, 0)
     assert (args.fai_tail, args.skip_punctuation, args.sink_tokens) == ("undefined", False, 1)
-    assert args.credit_options() == CreditOptions(
+    assert CreditOptions.of(args) == CreditOptions(
         amplification=1.5, top_fraction=0.4, delta_mode="abs", intro_mode="argmax_delta", alpha=0.5, lookback=3,
         tau_waad=0.5, tau_delta=None, overlap="additive", renorm="none", gamma_sign="both",
     )  # fmt: skip
-    assert args.reward_options() == RhythmRewardOptions(rank=True, norm="token_mean", segment="waad")
+    assert (args.reward_rank, args.reward_norm, args.reward_segment) == (True, "token_mean", "waad")
     assert (args.reward_mode, args.reward_gate) == ("split", "always")
 
 
@@ -83,7 +82,7 @@ def test_what_is_read(scheme, rhythm_lambda, reads, calibrates):
         ({"tau_delta": 1.1}, "tau_delta", "1.1"),
         ({"overlap": "sum"}, "overlap", "sum"),
         ({"gamma_sign": "positive"}, "gamma_sign", "positive"),
-        ({"gamma_renorm": "sum1"}, "gamma_renorm", "sum1"),
+        ({"renorm": "sum1"}, "renorm", "sum1"),
         ({"reward_mode": "dense"}, "reward_mode", "dense"),
         ({"reward_gate": "correct"}, "reward_gate", "correct"),
         ({"reward_norm": "mean"}, "reward_norm", "mean"),

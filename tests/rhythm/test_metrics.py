@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from attn_trainers.attention.heads import HeadSets
-from attn_trainers.rhythm.credit import CreditOptions, credit_factors, credit_sets
-from attn_trainers.rhythm.metrics import factor_totals, head_overlap, mean_of_defined, measure_totals, set_totals
+from attn_trainers.rhythm.credit import Credit, credit_sets, response_credit
+from attn_trainers.rhythm.metrics import credit_totals, head_overlap, mean_of_defined, measure_totals
 
 
-def test_factor_totals():
-    totals = factor_totals([torch.tensor([1.0, 1.5, 1.75]), torch.tensor([1.0]), torch.zeros(0)])
+def test_totals_without_signals():
+    factors = [torch.tensor([1.0, 1.5, 1.75]), torch.tensor([1.0]), torch.zeros(0)]
+    sets = [credit_sets(torch.zeros_like(row), torch.zeros_like(row)) for row in factors]
+    totals = credit_totals([Credit(*parts) for parts in zip(factors, sets, strict=True)], None)
     assert totals == {"amplified_share": (2, 4), "mean_factor": (5.25, 4)}
 
 
@@ -21,13 +23,11 @@ def test_undefined_values_count_nothing():
     assert mean_of_defined([]) == (0, 0)
 
 
-def test_set_totals_weigh_tokens():
+def test_totals_weigh_tokens():
     generator = torch.Generator().manual_seed(0)
     signals = [(torch.rand(n, generator=generator), torch.rand(n, generator=generator)) for n in (40, 7, 0)]
-    options = CreditOptions()
-    factors = [credit_factors(*signal, "coupled") for signal in signals]
-    totals = set_totals(signals, factors, [None] * 3, "coupled", options)
-    sets = [credit_sets(*signal, options) for signal in signals[:2]]
+    totals = credit_totals([response_credit(*signal, "coupled") for signal in signals], signals)
+    sets = [credit_sets(*signal) for signal in signals[:2]]
     assert totals["dominated_share"] == pytest.approx((sum(int(s.dominated.sum()) for s in sets), 47))
     assert totals["intro_share"] == pytest.approx((sum(int(s.intro.sum()) for s in sets), 47))
     assert totals["dominated_share"][0] > 0

@@ -16,11 +16,12 @@ from attn_trainers.rhythm.attention_rows import (
 )
 from attn_trainers.rhythm.credit import anchor_tokens
 from attn_trainers.rhythm.metrics import rhythm_metrics
-from attn_trainers.rhythm.reward import RhythmRewardOptions, chunk_starts, rhythm_reward, unit_ranks
+from attn_trainers.rhythm.options import RhythmRewardOptions
+from attn_trainers.rhythm.reward import chunk_starts, rhythm_reward, unit_ranks
 
 
 NAN = math.nan
-VALUES = RhythmRewardOptions(rank=False)
+VALUES = RhythmRewardOptions(reward_rank=False)
 
 signal_values = st.sampled_from([0.0, 0.2, 0.4, 0.5, 1.0])
 maybe_nan = st.one_of(signal_values, st.just(NAN))
@@ -102,13 +103,13 @@ def test_one_chunk_with_key_and_norms(key_case):
     assert reward.per_token.tolist() == pytest.approx([0.2] * 5 + [-0.6] * 15, abs=1e-12)
     assert reward.mean == pytest.approx((5 * 0.2 - 15 * 0.6) / 20, abs=1e-12)
     for norm, value in (("chunk_mean", -0.4), ("sum", -1.6)):
-        options = RhythmRewardOptions(rank=False, norm=norm)
+        options = RhythmRewardOptions(reward_rank=False, reward_norm=norm)
         assert rhythm_reward(waad, fai, breadth, concentration, options).mean == pytest.approx(value, abs=1e-12)
 
 
 def test_line_starts(key_case):
     waad, fai = key_case()
-    options = RhythmRewardOptions(segment="newline")
+    options = RhythmRewardOptions(reward_segment="newline")
     reward = rhythm_reward(waad, fai, waad, waad, options, line_starts=torch.tensor([0, 3, 8, 10, 13, 18]))
     assert reward.chunk_starts.tolist() == [0, 8, 13]
 
@@ -245,7 +246,7 @@ def test_blocks_equal_dense_attention(windows, block_rows):
 
 def test_row_lengths_must_add_up():
     queries = [torch.zeros(1, 10, 4)]
-    with pytest.raises(ValueError, match=r"queries hold 10 positions: give prompt_length \+ len\(fai\) = 12"):
+    with pytest.raises(ValueError, match=r"queries hold 10 positions; give prompt_length \+ len\(fai\) = 12"):
         breadth_and_concentration(queries, queries, torch.zeros(8), 4)
 
 
@@ -343,23 +344,23 @@ def test_metrics():
 
 def test_bad_calls_are_named():
     task, waad = torch.zeros(4), torch.arange(12.0)
-    with pytest.raises(ValueError, match="norm is 'mean'"):
-        RhythmRewardOptions(norm="mean")
-    with pytest.raises(ValueError, match="segment is 'sentence'"):
-        RhythmRewardOptions(segment="sentence")
-    with pytest.raises(ValueError, match="line_starts is None"):
-        rhythm_reward(waad, waad, waad, waad, RhythmRewardOptions(segment="newline"))
+    with pytest.raises(ValueError, match="reward_norm='mean'"):
+        RhythmRewardOptions(reward_norm="mean")
+    with pytest.raises(ValueError, match="reward_segment='sentence'"):
+        RhythmRewardOptions(reward_segment="sentence")
+    with pytest.raises(ValueError, match="line_starts=None"):
+        rhythm_reward(waad, waad, waad, waad, RhythmRewardOptions(reward_segment="newline"))
     with pytest.raises(ValueError, match=r"breadth has shape \(11,\)"):
         rhythm_reward(waad, waad, waad[1:], waad)
-    with pytest.raises(ValueError, match="mode is 'sum'"):
+    with pytest.raises(ValueError, match="mode='sum'"):
         combine_advantages(task, task, 4, 0.1, "sum")
-    with pytest.raises(ValueError, match="gate is 'wrong_only'"):
+    with pytest.raises(ValueError, match="gate='wrong_only'"):
         combine_advantages(task, task, 4, 0.1, gate="wrong_only")
-    with pytest.raises(ValueError, match="group_size is 3"):
+    with pytest.raises(ValueError, match="group_size=3"):
         combine_advantages(task, task, 3, 0.1)
-    with pytest.raises(ValueError, match="correct is None"):
+    with pytest.raises(ValueError, match="correct=None"):
         combine_advantages(task, task, 4, 0.1, gate="correct_only")
-    with pytest.raises(ValueError, match="task_rewards is None"):
+    with pytest.raises(ValueError, match="task_rewards=None"):
         combine_advantages(task, task, 4, 0.1, "total")
-    with pytest.raises(ValueError, match="mask is None"):
+    with pytest.raises(ValueError, match="mask=None"):
         combine_advantages(task, task[:, None], 4, 0.1, "token")

@@ -11,8 +11,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from attn_trainers import RhythmConfig, RhythmTrainer
 from attn_trainers.attention import rhythm_signals
-from attn_trainers.base import credit as credit_trainer
-from attn_trainers.rhythm import trainer as trainer_module
+from attn_trainers.attention.heads import HeadSets
+from attn_trainers.base import credit_trainer, forwards
+from attn_trainers.rhythm import method
 from attn_trainers.rhythm.attention_rows import ANCHOR_FRACTION, row_breadth, row_concentration
 from attn_trainers.rhythm.credit import anchor_tokens, credit_factors, top_tokens
 from attn_trainers.rhythm.reward import rhythm_reward
@@ -69,9 +70,9 @@ def test_without_scheme_and_reward_it_is_grpo_to_the_bit(build, lora, monkeypatc
         raise AssertionError("attention was read")
 
     for name in ("SignalObserver", "RewardObserver"):
-        monkeypatch.setattr(trainer_module, name, refuse)
-    for name in ("observe_attention", "forward_for_attention"):
-        monkeypatch.setattr(credit_trainer, name, refuse)
+        monkeypatch.setattr(method, name, refuse)
+    monkeypatch.setattr(forwards, "observe_attention", refuse)
+    monkeypatch.setattr(credit_trainer, "forward_for_attention", refuse)
     parent = build(GRPOTrainer, GRPOConfig, lora=lora)
     before = weights(parent)
     parent.train()
@@ -96,7 +97,7 @@ def test_evaluation_reads_no_attention(build, arithmetic_dataset):
     trainer = build(scheme="coupled", per_device_eval_batch_size=4)
     result = trainer.evaluate(arithmetic_dataset.select(range(2)))
     assert 0.0 <= result["eval_reward"] <= 1.0
-    assert trainer.batches == 0 and not any("rhythm" in name for name in result)
+    assert trainer.credit.batches == 0 and not any("rhythm" in name for name in result)
 
 
 # ---- credit ---------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_factors_follow_from_the_policys_attention(build, with_given, sharp_mode
     assert torch.equal(output["credit"], expected)
     assert output["credit"].max() > 1
     if head_scope == "batch":
-        assert trainer.credit_heads == [(signals[0].local_heads, signals[0].global_heads)] * 8
+        assert trainer.last_credit.details.heads == [(signals[0].local_heads, signals[0].global_heads)] * 8
 
 
 def test_the_loss_takes_advantages_times_factors(build, with_given):
@@ -184,13 +185,13 @@ def test_punctuation_is_skipped_on_request(build, with_given, tiny_tokenizer):
     trainer = build(with_given(RhythmTrainer), scheme="global", skip_punctuation=True, max_steps=1)
     sign = tiny_tokenizer.convert_tokens_to_ids(" = ")
     number = tiny_tokenizer.convert_tokens_to_ids("7")
-    words = trainer.token_texts.is_word([sign, number, tiny_tokenizer.eos_token_id])
+    words = trainer.credit.token_texts.is_word([sign, number, tiny_tokenizer.eos_token_id])
     assert words.tolist() == [False, True, False]
     trainer.train()
     output = trainer.outputs[0]
     for credit, ids in zip(output["credit"], output["completion_ids"].tolist(), strict=True):
         selected = [i for i, factor in zip(ids, credit.tolist(), strict=True) if factor > 1]
-        assert selected and trainer.token_texts.is_word(selected).all()
+        assert selected and trainer.credit.token_texts.is_word(selected).all()
 
 
 def test_logged_shares_are_those_of_the_factors(build, with_given):
@@ -251,7 +252,7 @@ def test_split_reward_adds_the_normalised_rhythm(build, with_given, sharp_model_
         assert means.std() > 0
         torch.testing.assert_close(output["advantages"], expected, rtol=1e-4, atol=1e-5)
         assert "credit" not in output
-    assert torch.tensor([reward.mean for reward in trainer.last_rewards]).tolist() == pytest.approx(
+    assert torch.tensor([reward.mean for reward in trainer.last_credit.details.rewards]).tolist() == pytest.approx(
         means.flatten().tolist(), abs=1e-5
     )
 
@@ -261,8 +262,8 @@ def test_total_reward_is_normalised_with_the_task(build, with_given):
         with_given(RhythmTrainer), preset="rhythm_reward", reward_mode="total", calibration_responses=8, max_steps=1
     )
     trainer.train()
-    rhythm = torch.tensor([reward.mean for reward in trainer.last_rewards])
-    total = grouped(trainer.rewards_per_func[:, 0] + 0.1 * rhythm)
+    rhythm = torch.tensor([reward.mean for reward in trainer.last_credit.details.rewards])
+    total = grouped(trainer.last_rewards_per_func[:, 0] + 0.1 * rhythm)
     expected = (total - total.mean(dim=1, keepdim=True)) / (total.std(dim=1, keepdim=True) + 1e-4)
     torch.testing.assert_close(trainer.outputs[0]["advantages"], expected.flatten(), rtol=1e-4, atol=1e-5)
 
@@ -272,13 +273,13 @@ def test_token_reward_centres_on_the_groups_tokens(build, with_given):
     trainer = build(with_given(RhythmTrainer), scheme="local", **options)
     trainer.train()
     output = trainer.outputs[0]
-    task = grouped(trainer.rewards_per_func[:, 0])
+    task = grouped(trainer.last_rewards_per_func[:, 0])
     task = ((task - task.mean(dim=1, keepdim=True)) / (task.std(dim=1, keepdim=True) + 1e-4)).flatten()
     for group in range(2):
         rows = range(4 * group, 4 * group + 4)
-        mean = torch.cat([trainer.last_rewards[row].per_token for row in rows]).mean()
+        mean = torch.cat([trainer.last_credit.details.rewards[row].per_token for row in rows]).mean()
         for row in rows:
-            per_token = trainer.last_rewards[row].per_token
+            per_token = trainer.last_credit.details.rewards[row].per_token
             expected = task[row] + 0.1 * (per_token - mean)
             torch.testing.assert_close(output["advantages"][row, : len(per_token)], expected, rtol=1e-4, atol=1e-5)
     assert output["credit"].shape == output["advantages"].shape  # factors come last, on top of the rhythm
@@ -328,7 +329,7 @@ def test_masked_completions_get_no_credit(build, with_given):
         mask_truncated_completions=True,
     )
     trainer.train()
-    assert trainer.calibration.heads is None  # no response token was seen
+    assert trainer.credit.calibration.heads is None  # no response token was seen
     assert all((output["credit"] == 1).all() for output in trainer.outputs)
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
 
@@ -347,7 +348,7 @@ def test_unscored_completions_get_no_advantage(build, with_given):
             max_steps=1,
         )
         trainer.train()
-        unscored = trainer.rewards_per_func[:, 0].isnan()
+        unscored = trainer.last_rewards_per_func[:, 0].isnan()
         advantages = trainer.outputs[0]["advantages"].reshape(8, -1)
         assert 0 < unscored.sum() < 8
         assert (advantages[unscored] == 0).all() and (advantages[~unscored] != 0).any()
@@ -372,8 +373,8 @@ def test_resume_keeps_calibrated_heads_and_the_course_of_the_run(build, with_giv
     assert state["batches"] == 2
     resumed = build(with_given(RhythmTrainer), **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.calibration.heads == whole.calibration.heads
-    assert [list(head) for head in resumed.calibration.heads.local_heads] == state["calibration"]["heads"][0]
+    assert resumed.credit.calibration.heads == whole.credit.calibration.heads
+    assert [list(head) for head in resumed.credit.calibration.heads.local_heads] == state["calibration"]["heads"][0]
     assert [
         torch.equal(a["credit"], b["credit"]) for a, b in zip(resumed.outputs, whole.outputs[2:], strict=True)
     ] == [
@@ -414,10 +415,12 @@ def test_vllm_colocate_reads_attention_in_the_old_log_probs(build, monkeypatch):
         vllm_max_model_length=128,
         max_steps=1,
     )
-    trainer.calibration.heads = trainer_module.HeadSets([(1, 0), (2, 1)], [(1, 3), (2, 2)])
+    trainer.credit.calibration.heads = HeadSets([(1, 0), (2, 1)], [(1, 3), (2, 2)])
     before = weights(trainer)
     trainer.train()
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
     assert logged(trainer, "rhythm/calibrated") == [1.0]
-    assert len(trainer.last_rewards) == 8 and any(reward.mean != 0 for reward in trainer.last_rewards)
-    assert max(factors.max().item() for factors in trainer.last_factors) > 1.0
+    assert len(trainer.last_credit.details.rewards) == 8 and any(
+        reward.mean != 0 for reward in trainer.last_credit.details.rewards
+    )
+    assert max(factors.max().item() for factors in trainer.last_credit.details.factors) > 1.0

@@ -1,0 +1,60 @@
+"""What the settings of all methods share: how values are checked, and what goes with advantages per token."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl import GRPOConfig
+
+from .checkpoints import check_save_interval
+from .report import Report
+
+
+# Losses that take advantages of shape (B, T).
+PER_TOKEN_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
+
+
+@dataclass
+class MethodConfig(GRPOConfig):
+    """Base of the methods' settings: [`~trl.GRPOConfig`] with the checks that all of them need."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_save_interval(self)
+
+    def check_per_token_advantages(self, otherwise: str = "") -> None:
+        """Refuse what does not take an advantage per token.
+
+        Args:
+            otherwise: another way out, for the error.
+        """
+        if self.loss_type not in PER_TOKEN_LOSSES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} does not take advantages per token; set it to one of "
+                f"{', '.join(PER_TOKEN_LOSSES)} ('dapo' is the token mean, 'grpo' the mean per response){otherwise}."
+            )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} does not go with advantages per token; "
+                f"set it to 'token'{otherwise}."
+            )
+
+    def require(self, values: Mapping[str, tuple[object, str]], method: str) -> None:
+        """Refuse fields that have another value than the method needs; `values` maps a field to value and reason."""
+        for name, (value, reason) in values.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with {method} ({reason}); set it to {value!r}."
+                )
+
+    def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+        """What the method says of a run, and refuses, before the model is loaded.
+
+        Args:
+            model_config: of the model that is trained.
+            tokenizer: of the model.
+            report: receives lines and warnings.
+
+        Raises:
+            ValueError: for what cannot work, naming field, value and fix.
+        """
