@@ -16,7 +16,7 @@ from trl import TrlParser
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attnrl.pictures import plot_trees
-from attn_trainers.attnrl.rollouts import PromptRollouts
+from attn_trainers.attnrl.rollouts import PromptRollouts, branches_of
 from attn_trainers.base.card import CardNotes, public_command, publish
 from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.plots import plot_curves
@@ -119,7 +119,7 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     folder = Path(trainer.args.output_dir)
     write_results(folder, title, header, rows, details)
     plot_curves({method: trainer.state.log_history}, PANELS, folder / "curves.png", f"{method}, multi-step arithmetic")
-    branched = [p for p in trainer.last_prompts if any(r.branches for r in p.rollouts)]
+    branched = [p for p in trainer.last_prompts if p.continuations]
     if branched:
         prompt = max(branched, key=num_mixed_trees)
         problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
@@ -136,7 +136,7 @@ def method_name(args: Recipe) -> str:
 
 def num_mixed_trees(prompt: PromptRollouts) -> int:
     """How many of a prompt's trees have right and wrong leaves: those in which branching tells steps apart."""
-    return sum(len({rollout.reward, *(b.reward for b in rollout.branches)}) > 1 for rollout in prompt.rollouts)
+    return sum(len({rollout.reward, *(b.reward for b in branches_of(rollout))}) > 1 for rollout in prompt.rollouts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,3 +31,39 @@ def launch_script(config: str, script: Path, *arguments: object, timeout: float 
     command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def logged(trainer, name: str) -> list:
+    """Values of a metric in the order in which it was logged."""
+    return [entry[name] for entry in trainer.state.log_history if entry.get(name) is not None]
+
+
+def float_array(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def make_rollout(tokens: list[int], reward: float = 0.0, branches=None, **known):
+    """A read rollout, or with branches a branched one; what is not given is zero or missing."""
+    from attn_trainers.attnrl.exploration import BranchPoints
+    from attn_trainers.attnrl.rollouts import BranchedRollout, ReadRollout
+
+    fields = {"sampling_logps": None, "policy": 0, "rewards": float_array(reward), "step_ranges": []}
+    fields |= {"old_logps": float_array(*[0.0] * len(tokens)), "tokens": tokens, "reward": reward} | known
+    if branches is None:
+        return ReadRollout(**fields)
+    points = BranchPoints(sorted({branch.offset for branch in branches}))
+    return BranchedRollout(**fields, branch_points=points, branches=branches)
+
+
+def make_continuation(offset: int, tokens: list[int], reward: float, sampling_logps=None, policy: int = 1):
+    """A scored continuation."""
+    from attn_trainers.attnrl.rollouts import Continuation
+
+    return Continuation(
+        offset=offset,
+        tokens=tokens,
+        reward=reward,
+        rewards=float_array(reward),
+        sampling_logps=sampling_logps,
+        policy=policy,
+    )

@@ -2,19 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from trl import GRPOConfig
-
-from ..base.checkpoints import check_save_interval
-
-
-_CRITERIA = ("attention", "entropy", "random", "first_steps")
-_EXPANSIONS = ("ceil", "round", "uniform")
-_ROUNDINGS = ("round", "ceil")
-_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
+from ..base.config import MethodConfig
+from ..base.options import check_choices, check_least, check_shares
+from .exploration import CRITERIA, ROUNDINGS
+from .steps import StepDelimiters
 
 
 @dataclass
-class AttnRLConfig(GRPOConfig):
+class AttnRLConfig(MethodConfig):
     r"""
     Configuration class for [`AttnRLTrainer`].
 
@@ -145,7 +140,7 @@ class AttnRLConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        self._check_choices()
+        self._check_fields()
         leaf_budget = self.num_rollouts * (1 + self.num_branch_points * self.rollouts_per_branch)
         if self.num_generations not in (None, leaf_budget):
             raise ValueError(
@@ -154,52 +149,59 @@ class AttnRLConfig(GRPOConfig):
             )
         self.num_generations = leaf_budget
         super().__post_init__()
+        self.check_per_token_advantages()
         self._check_support()
-        updates = self.steps_per_generation * self.num_iterations
-        if updates % self.gradient_accumulation_steps != 0:
-            raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
-                f"steps_per_generation * num_iterations = {updates}: an update would mix generation batches. Set "
-                f"gradient_accumulation_steps to a divisor of {updates}, or raise generation_batch_size."
-            )
-        check_save_interval(self)
 
     @property
     def updates_per_batch(self) -> int:
         """Optimizer updates made on one generation batch."""
         return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
 
-    def _check_choices(self) -> None:
-        choices = {
-            "branching": _CRITERIA,
-            "expansion": _EXPANSIONS,
-            "prompt_batch_rounding": _ROUNDINGS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; set it to one of {', '.join(allowed)}.")
-        least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
-        least |= {"influence_delta": 1, "max_prompt_batch_factor": 1.0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name}={getattr(self, name)} is too small; set it to at least {bound}.")
-        if not 0.0 < self.branch_top_fraction <= 1.0:
-            raise ValueError(f"branch_top_fraction={self.branch_top_fraction} must lie in (0, 1]; published: 0.2.")
-        if not 0.0 <= self.prompt_batch_smoothing <= 1.0:
-            raise ValueError(
-                f"prompt_batch_smoothing={self.prompt_batch_smoothing} must lie in [0, 1]; published: 0.9."
+    @property
+    def reads_influence(self) -> bool:
+        """Whether branching or the filter of easy prompts asks for the influence of steps."""
+        return self.num_branch_points > 0 and (self.branching == "attention" or self.filter_easy_prompts)
+
+    def preflight(self, model_config, tokenizer, report):
+        prompts, ranks = self.generation_batch_size // self.num_generations, self.world_size
+        if prompts < ranks:
+            report.warnings.append(
+                f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; "
+                f"raise generation_batch_size to {ranks * self.num_generations} or more."
+            )
+        end = tokenizer.encode(self.end_of_thinking, add_special_tokens=False)
+        if len(end) > 1:
+            report.warnings.append(
+                f"end_of_thinking={self.end_of_thinking!r} is {len(end)} tokens to this tokenizer: steps of the "
+                "answer are branched like those of the thinking."
+            )
+        delimiters = StepDelimiters.from_tokenizer(tokenizer, None)
+        if not delimiters.paragraph:
+            report.warnings.append(
+                "no token holds a blank line: steps end at "
+                + (
+                    "single newlines."
+                    if delimiters.newline
+                    else "every token. Branching needs a tokenizer with newlines."
+                )
             )
 
+    def _check_fields(self) -> None:
+        check_choices(
+            self, {"branching": CRITERIA, "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
+        )
+        least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
+        check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})
+        check_shares(self, ["branch_top_fraction"], positive=True)
+        check_shares(self, ["prompt_batch_smoothing"])
+
     def _check_support(self) -> None:
-        if self.loss_type not in _LOSS_TYPES:
+        updates = self.steps_per_generation * self.num_iterations
+        if updates % self.gradient_accumulation_steps != 0:
             raise ValueError(
-                f"loss_type={self.loss_type!r} does not take advantages per token; set it to one of "
-                f"{', '.join(_LOSS_TYPES)} ('dapo' is the published token mean)."
-            )
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"importance_sampling_level={self.importance_sampling_level!r} does not go with advantages per token; "
-                "set it to 'token'."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
+                f"steps_per_generation * num_iterations = {updates}: an update would mix generation batches. Set "
+                f"gradient_accumulation_steps to a divisor of {updates}, or raise generation_batch_size."
             )
         if self.use_vllm and self.vllm_mode != "colocate":
             raise ValueError(

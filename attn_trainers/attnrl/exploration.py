@@ -11,6 +11,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 
+# Where rollouts are branched, and how the number of expanded rollouts is made whole.
+CRITERIA = ("attention", "entropy", "random", "first_steps")
+ROUNDINGS = ("ceil", "round", "uniform")
+
+
 @dataclass(frozen=True)
 class BranchPoints:
     """Where one rollout is branched.

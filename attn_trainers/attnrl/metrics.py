@@ -1,17 +1,15 @@
 """What AttnRL logs, under `attnrl/`. Names follow the paper's figures; ratios are shares in [0, 1]."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from .rollouts import PromptRollouts
+from ..base.ranks import Totals
+from .pipeline import Pipeline
+from .rollouts import BranchedRollout, PromptRollouts, branches_of
 from .rows import TrainingRow
-
-
-COUNTERS = ("samples", "generated_tokens", "missing_sampling_logps", "unscorable")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -29,17 +27,17 @@ def _solve_ratios(accuracies: Sequence[float], suffix: str) -> dict[str, float]:
 
 def _trained_leaves(prompt: PromptRollouts, threshold: float) -> list[bool]:
     """Which leaves of the expanded rollouts are correct, initial ones included."""
-    expanded = [r for r in prompt.rollouts if r.branches]
+    expanded = [r for r in prompt.rollouts if branches_of(r)]
     return [sample.reward >= threshold for r in expanded for sample in (r, *r.branches)]
 
 
 def exploration_metrics(prompts: Sequence[PromptRollouts], threshold: float) -> dict[str, float]:
     """How initial rollouts, branch points and continuations came out (Fig. 6, 7a, 7c)."""
     initial = [_mean(p.correct(threshold)) for p in prompts]
-    leaves = [[c.reward >= threshold for r in p.rollouts for c in r.branches] for p in prompts]
+    leaves = [[c.reward >= threshold for c in p.continuations] for p in prompts]
     branched = [(a, leaf) for a, leaf in zip(initial, leaves, strict=True) if leaf]
     solved = [leaf for a, leaf in branched if a == 1.0]
-    points = [r.branch_points for p in prompts for r in p.rollouts if r.branch_points and r.branch_points.offsets]
+    points = [r.branch_points for p in prompts for r in p.rollouts if isinstance(r, BranchedRollout)]
     offsets = [offset for point in points for offset in point.offsets]
     influence = [r.influence for p in prompts for r in p.rollouts if r.influence is not None and r.influence.size]
     influence = np.concatenate(influence) if influence else np.zeros(0)
@@ -51,7 +49,7 @@ def exploration_metrics(prompts: Sequence[PromptRollouts], threshold: float) -> 
         "correct_filtered_ratio": _mean([p.filtered for p, a in zip(prompts, initial, strict=True) if a == 1.0]),
         "total_filtered_ratio": _mean([p.filtered for p in prompts]),
         "reward_initial": _mean([r.reward for p in prompts for r in p.rollouts]),
-        "reward_mc": _mean([c.reward for p in prompts for r in p.rollouts for c in r.branches]),
+        "reward_mc": _mean([c.reward for p in prompts for c in p.continuations]),
         "branch_offset": _mean(offsets),
         "fallback_branch_ratio": sum(p.num_fallbacks for p in points) / len(offsets) if offsets else float("nan"),
         "steps_per_rollout": _mean([len(r.step_ranges) for p in prompts for r in p.rollouts]),
@@ -61,7 +59,7 @@ def exploration_metrics(prompts: Sequence[PromptRollouts], threshold: float) -> 
         "influence/max": float(influence.max()) if influence.size else float("nan"),
     }
     correct = [sum(p.correct(threshold)) for p in prompts]
-    expanded = [sum(bool(r.branches) for r in p.rollouts) for p in prompts]
+    expanded = [sum(bool(branches_of(r)) for r in p.rollouts) for p in prompts]
     num_rollouts = max((len(p.rollouts) for p in prompts), default=0)
     values |= {f"n_correct={k}": float(correct.count(k)) for k in range(num_rollouts + 1)}
     values |= {f"expanded={k}": float(expanded.count(k)) for k in range(num_rollouts + 1)}
@@ -98,97 +96,75 @@ def row_metrics(
 
 
 def batch_metrics(
-    trainer,
     prompts: Sequence[PromptRollouts],
     rows_of: Sequence[Sequence[TrainingRow]],
     trained: Sequence[int],
     num_drawn: int,
+    capacity: int,
+    threshold: float,
 ) -> dict[str, float]:
-    """Everything told of one training batch: the method's own values and those that TRL users look for."""
-    args = trainer.args
-    values = exploration_metrics(prompts, args.success_threshold)
-    values |= row_metrics(rows_of, trained, num_drawn, args.generation_batch_size)
-    values |= {
-        "easy_influence_mean": trainer.easy_influence.mean,
-        "policy_lag_initial": _mean([trainer.batches_trained - r.policy for p in prompts for r in p.rollouts]),
-        "policy_lag_mc": _mean(
-            [trainer.batches_trained - c.policy for p in prompts for r in p.rollouts for c in r.branches]
-        ),
-    }
-    values |= {name: float(total) for name, total in trainer.counter_totals.items()}
-    values = {f"attnrl/{name}": value for name, value in values.items()}
-    lengths = [len(r.tokens) for p in prompts for r in p.rollouts]
-    ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
-    rewards = [r.reward for p in prompts for r in p.rollouts]
-    values |= {
-        "num_tokens": float(trainer.counter_totals["generated_tokens"]),
+    """What is told of one training batch under `attnrl/`, but for the state of the pipeline.
+
+    Args:
+        prompts: all prompts of the batch, in the order of their draws.
+        rows_of: rows of each prompt.
+        trained: indices of the prompts whose rows are trained on.
+        num_drawn: prompts that were drawn for the batch.
+        capacity: rows of a generation batch.
+        threshold: least reward of a correct completion.
+    """
+    return exploration_metrics(prompts, threshold) | row_metrics(rows_of, trained, num_drawn, capacity)
+
+
+def pipeline_metrics(pipeline: Pipeline, prompts: Sequence[PromptRollouts]) -> dict[str, float]:
+    """State of the pipeline: counts, the filter's mean, and how many updates old the samples' policies are."""
+    now = pipeline.batches_trained
+    return {
+        "easy_influence_mean": pipeline.easy_influence.mean,
+        "policy_lag_initial": _mean([now - r.policy for p in prompts for r in p.rollouts]),
+        "policy_lag_mc": _mean([now - c.policy for p in prompts for c in p.continuations]),
+    } | {name: float(total) for name, total in pipeline.totals.items()}
+
+
+def completion_metrics(prompts: Sequence[PromptRollouts], ends: Collection[int]) -> dict[str, float]:
+    """Lengths and rewards of initial rollouts, under the names that TRL's users look for.
+
+    Args:
+        prompts: all prompts of the batch.
+        ends: tokens that end a completion.
+    """
+    rollouts = [r for p in prompts for r in p.rollouts]
+    lengths = [len(r.tokens) for r in rollouts]
+    rewards = [r.reward for r in rollouts]
+    return {
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths, default=0)),
         "completions/max_length": float(max(lengths, default=0)),
-        "completions/clipped_ratio": _mean([r.tokens[-1] not in ends for p in prompts for r in p.rollouts]),
+        "completions/clipped_ratio": _mean([r.tokens[-1] not in ends for r in rollouts]),
         "reward": _mean(rewards),
         "reward_std": float(np.std(rewards)) if rewards else float("nan"),
     }
-    return values
 
 
-def sampling_metrics(trainer, batch: dict[str, Tensor]) -> dict[str, float]:
+def sampling_totals(batch: dict[str, Tensor]) -> Totals:
     """Difference between the sampler's and the trainer's log-probs, at the same policy for each token."""
-    difference = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).abs()  # (B, T)
-    known = batch["completion_mask"].bool() & ~torch.isnan(difference)
-    difference = difference.masked_fill(~known, 0.0)
-    sums = torch.stack([difference.sum(), known.sum().to(difference.dtype)])
-    total, count = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-    largest = trainer.accelerator.gather(difference.max().unsqueeze(0)).max().item()
-    return {
-        "sampling/sampling_logp_difference/mean": total / count if count else float("nan"),
-        "sampling/sampling_logp_difference/max": largest,
-    }
+    difference = sampling_difference(batch)
+    return {"sampling/sampling_logp_difference/mean": _total(difference, ~difference.isnan())}
 
 
-def ratio_metrics(trainer, batch: dict[str, Tensor], logps: Tensor) -> dict[str, float]:
-    """Mean |ratio - 1| of the loss, apart for tokens of initial rollouts (one update older) and of continuations."""
+def sampling_difference(batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) absolute difference of the sampler's and the trainer's log-probs; NaN where there is none."""
+    difference = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).abs()
+    return difference.masked_fill(~batch["completion_mask"].bool(), torch.nan)
+
+
+def ratio_totals(batch: dict[str, Tensor], logps: Tensor) -> Totals:
+    """|ratio - 1| of the loss, apart for tokens of initial rollouts (one update older) and of continuations."""
     off = ((logps - batch["old_per_token_logps"]).exp() - 1).abs()  # (B, T)
     mask = batch["completion_mask"].bool()
     parts = {"initial": mask & ~batch["fresh_mask"], "mc": mask & batch["fresh_mask"]}
-    sums = torch.stack([torch.stack([off[part].sum(), part.sum().to(off.dtype)]) for part in parts.values()])  # (2, 2)
-    sums = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-    return {
-        f"attnrl/ratio_deviation_{name}": total / count if count else float("nan")
-        for name, (total, count) in zip(parts, sums, strict=True)
-    }
+    return {f"ratio_deviation_{name}": _total(off, part) for name, part in parts.items()}
 
 
-def flush_reward_logs(trainer) -> None:
-    """Put what reward functions logged through `log_metric` and `log_extra` where TRL puts it.
-
-    The parent class does this inside the method that AttnRL's pipeline replaces. Names are sorted so that all ranks
-    gather in the same order.
-    """
-    for name in sorted(set(gather_object(list(trainer._pending_metrics)))):
-        values = trainer._pending_metrics.get(name, [])
-        sums = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=trainer.accelerator.device)
-        total, count = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-        trainer._metrics["train"][name].append(total / count)
-    trainer._pending_metrics.clear()
-
-
-def log_completions(trainer, prompts: list, completions: list, rewards_per_func: Tensor) -> None:
-    """Log the rewards of all that was just scored, and the completions themselves if `log_completions` is on."""
-    for i, name in enumerate(trainer.reward_func_names):
-        scores = rewards_per_func[:, i]
-        scores = scores[~torch.isnan(scores)]
-        if scores.numel():
-            trainer._metrics["train"][f"rewards/{name}/mean"].append(scores.mean().item())
-            trainer._metrics["train"][f"rewards/{name}/std"].append(scores.std(correction=0).item())
-    flush_reward_logs(trainer)
-    if trainer.log_completions:
-        trainer._logs["prompt"].extend(gather_object(prompts))
-        trainer._logs["completion"].extend(gather_object(completions))
-        for i, name in enumerate(trainer.reward_func_names):
-            trainer._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
-        trainer._logs["advantages"].extend([float("nan")] * rewards_per_func.size(0))
-        for column in sorted(set(gather_object(list(trainer._pending_extra_logs)))):
-            values = trainer._pending_extra_logs.get(column, [None] * len(prompts))
-            trainer._logs["extra"][column].extend(gather_object(values))
-    trainer._pending_extra_logs.clear()
+def _total(values: Tensor, counted: Tensor) -> tuple[float, float]:
+    return values[counted].sum().item(), float(counted.sum())

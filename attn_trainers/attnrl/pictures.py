@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.cm import ScalarMappable  # noqa: E402
 
 from ..plots import BLUE, INK, VALUES
-from .rollouts import PromptRollouts  # noqa: E402
+from .rollouts import PromptRollouts, branches_of  # noqa: E402
 from .trees import tree_segments  # noqa: E402
 
 
@@ -27,7 +27,7 @@ def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
         path: PNG to write.
     """
     segments_of = tree_segments(prompt.trees())
-    lanes = [1 + len(rollout.branches) for rollout in prompt.rollouts]
+    lanes = [1 + len(branches_of(rollout)) for rollout in prompt.rollouts]
     figure, axis = plt.subplots(figsize=(11, 0.9 + 0.42 * sum(lanes) + 0.75 * len(lanes)))
     peak = max(
         (float(r.influence.max()) for r in prompt.rollouts if r.influence is not None and r.influence.size), default=0
@@ -39,7 +39,7 @@ def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
         for segment in segments:
             _draw_segment(axis, segment, base - segment.leaf)
         _draw_ends(axis, index, rollout, segments, base)
-        top = base - len(rollout.branches) - 0.6
+        top = base - len(branches_of(rollout)) - 0.6
     axis.set_ylim(top, 0.2)
     axis.set_xlim(left=-0.5)
     axis.set_yticks([])
@@ -76,9 +76,9 @@ def _draw_segment(axis, segment, y: float) -> None:
 
 
 def _draw_ends(axis, index: int, rollout, segments, base: float) -> None:
-    rewards = [rollout.reward] + [branch.reward for branch in rollout.branches]
+    rewards = [rollout.reward] + [branch.reward for branch in branches_of(rollout)]
     ends = {segment.leaf: segment.end for segment in segments}
     for leaf, reward in enumerate(rewards):
         axis.text(ends[leaf] + 0.4, base - leaf, f"R={reward:g}", va="center", fontsize=7, color=INK)
-    label = f"rollout {index + 1}" + ("" if rollout.branches else " (not expanded)")
+    label = f"rollout {index + 1}" + ("" if branches_of(rollout) else " (not expanded)")
     axis.text(-0.6, base, label, ha="right", va="center", fontsize=8, color=INK)

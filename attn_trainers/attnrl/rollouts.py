@@ -1,108 +1,94 @@
-"""What is known of a prompt on its way through the pipeline: its rollouts, their branches, and the stream it came
-from."""
+"""What is known of a prompt on its way through the pipeline: its rollouts, stage by stage, and their branches."""
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
 from .exploration import BranchPoints
+from .pipeline import Draw
 from .trees import Branch, RolloutTree
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One prompt drawn from the data: the number of the draw since the start of training, and the data set index."""
+@dataclass(kw_only=True)
+class Sample:
+    """Tokens that were sampled and scored.
 
-    serial: int
-    index: int
-
-
-class PromptStream:
-    """An endless, shuffled sequence of data set indices whose whole state is a count.
-
-    Draw s is entry s mod size of the permutation of epoch s div size, so that a resumed run, and a run on any number
-    of ranks, draws the same prompts.
-
-    Args:
-        size: number of prompts in the data set.
-        seed: seed of the permutations.
-        shuffle: `False` keeps the data set's order in each epoch.
+    Attributes:
+        tokens: sampled tokens, those of the prompt and of a kept head left out.
+        sampling_logps: the sampler's log-probs of `tokens`, (n,) float32, or `None` where the backend gives none.
+        policy: number of training batches the sampling policy had been trained on.
+        rewards: (F,) float32 of the whole completion by each reward function, NaN where one gave none.
+        reward: their weighted sum.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True):
-        if size < 1:
-            raise ValueError(
-                f"train_dataset has {size} prompts; at least 1 is needed. Check the data and its filters."
-            )
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.next_serial = 0
-        self._epoch, self._order = -1, range(size)
+    tokens: list[int]
+    sampling_logps: np.ndarray | None
+    policy: int
+    rewards: np.ndarray
+    reward: float
 
-    def draw(self, count: int) -> list[Draw]:
-        """The next `count` prompts."""
-        first, self.next_serial = self.next_serial, self.next_serial + count
-        return self.draws(first, count)
-
-    def draws(self, first: int, count: int) -> list[Draw]:
-        """The draws `first` to `first + count - 1`, whether made already or not."""
-        return [Draw(serial, self._index(serial)) for serial in range(first, first + count)]
-
-    def _index(self, serial: int) -> int:
-        epoch, position = divmod(serial, self.size)
-        if epoch != self._epoch:
-            order = list(range(self.size))
-            if self.shuffle:
-                random.Random(f"{self.seed}/prompts/{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self._order[position]
+    @property
+    def completion_length(self) -> int:
+        """Tokens of the whole completion."""
+        return len(self.tokens)
 
 
-@dataclass
-class Continuation:
+@dataclass(kw_only=True)
+class Continuation(Sample):
     """A sample from the head of a rollout.
 
     Attributes:
         offset: tokens of the rollout that are kept before it.
-        tokens: the continuation alone.
-        sampling_logps: the sampler's log-probs of `tokens`, (n,) float32, or `None` where the backend gives none.
-        policy: number of training batches the sampling policy had been trained on.
-        reward: weighted reward of the whole completion; NaN until scored.
     """
 
     offset: int
-    tokens: list[int]
-    sampling_logps: np.ndarray | None
-    policy: int
-    reward: float = float("nan")
+
+    @property
+    def completion_length(self) -> int:
+        return self.offset + len(self.tokens)
 
 
-@dataclass
-class Rollout:
-    """An initial rollout and what one no-grad forward over it told.
+@dataclass(kw_only=True)
+class Rollout(Sample):
+    """An initial rollout, from the first completion token on."""
+
+    @classmethod
+    def at_next_stage(cls, earlier: "Rollout", **learnt) -> Self:
+        """An earlier stage with what was learnt since."""
+        return cls(**vars(earlier), **learnt)
+
+
+@dataclass(kw_only=True)
+class ReadRollout(Rollout):
+    """A rollout and what one no-grad forward over it told.
 
     Attributes:
-        tokens, sampling_logps, policy, reward: as in `Continuation`.
         old_logps: the trainer's log-probs under the sampling policy, (n,) float32.
         step_ranges: half-open token ranges of its steps, counted from the first completion token.
-        influence: forward context influence y of each step (attnrl eq. 6), (num_steps,) float32.
-        entropies: entropy of each token's distribution, (n,) float32; only kept for entropy branching.
-        branch_points: where it is branched, once chosen.
-        branches: its continuations.
+        influence: forward context influence y of each step (attnrl eq. 6), (num_steps,) float32, `None` where neither
+            branching nor filter asks for it.
+        entropies: entropy of each token's distribution, (n,) float32; only for entropy branching.
     """
 
-    tokens: list[int]
-    sampling_logps: np.ndarray | None
-    policy: int
-    reward: float = float("nan")
-    old_logps: np.ndarray | None = None
-    step_ranges: list[tuple[int, int]] = field(default_factory=list)
+    old_logps: np.ndarray
+    step_ranges: list[tuple[int, int]]
     influence: np.ndarray | None = None
     entropies: np.ndarray | None = None
-    branch_points: BranchPoints | None = None
-    branches: list[Continuation] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class BranchedRollout(ReadRollout):
+    """A rollout that was expanded.
+
+    Attributes:
+        branch_points: where it was branched.
+        branches: its continuations; none where it has no place to branch.
+    """
+
+    branch_points: BranchPoints
+    branches: list[Continuation]
 
 
 @dataclass
@@ -113,14 +99,14 @@ class PromptRollouts:
         draw: where it came from.
         example: its row of the data set.
         prompt_ids: its tokens.
-        rollouts: its initial rollouts.
+        rollouts: its initial rollouts, each at the stage it has reached.
         filtered: whether it was left out before branching because it is easy.
     """
 
     draw: Draw
     example: dict[str, Any]
     prompt_ids: list[int]
-    rollouts: list[Rollout]
+    rollouts: list[ReadRollout]
     filtered: bool = False
 
     def correct(self, threshold: float) -> list[bool]:
@@ -132,16 +118,36 @@ class PromptRollouts:
         means = [float(r.influence.mean()) for r in self.rollouts if r.influence is not None and r.influence.size]
         return sum(means) / len(means) if means else 0.0
 
-    def trees(self) -> list[RolloutTree]:
-        """Its rollouts as trees of leaves with rewards."""
+    @property
+    def continuations(self) -> list[Continuation]:
+        """Continuations of all its rollouts."""
+        return [branch for rollout in self.rollouts for branch in branches_of(rollout)]
+
+    @property
+    def leaves(self) -> list[Sample]:
+        """All leaves: each rollout, then its continuations."""
+        return [sample for rollout in self.rollouts for sample in (rollout, *branches_of(rollout))]
+
+    def trees(self, values: Sequence[float] | None = None) -> list[RolloutTree]:
+        """Its rollouts as trees.
+
+        Args:
+            values: reward of each leaf in the order of `leaves`; by default its own.
+        """
+        of_leaf = iter([sample.reward for sample in self.leaves] if values is None else values)
         return [
             RolloutTree(
                 tokens=rollout.tokens,
-                reward=rollout.reward,
-                branches=[Branch(c.offset, c.tokens, c.reward) for c in rollout.branches],
+                reward=next(of_leaf),
+                branches=[Branch(c.offset, c.tokens, next(of_leaf)) for c in branches_of(rollout)],
             )
             for rollout in self.rollouts
         ]
+
+
+def branches_of(rollout: Rollout) -> list[Continuation]:
+    """Continuations of a rollout, none where it was not expanded."""
+    return rollout.branches if isinstance(rollout, BranchedRollout) else []
 
 
 def to_array(values: Sequence[float] | None) -> np.ndarray | None:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rollouts import PromptRollouts
+from ..base.credit import RowFacts
+from .rollouts import PromptRollouts, branches_of
 from .trees import has_signal, tree_paths
 
 
@@ -28,6 +29,9 @@ class TrainingRow:
         sampling_logps: (n,) float32, NaN where the sampler gave none.
         fresh_from: first token whose old log-prob comes from a forward just before the update: the length of the
             initial rollout's part.
+        key: name of the leaf, by draw, tree and leaf.
+        correct: 1.0 or 0.0; NaN where it could not be said, or nobody asked.
+        accuracy: share of correct leaves of the prompt.
     """
 
     prompt_ids: list[int]
@@ -36,6 +40,9 @@ class TrainingRow:
     old_logps: np.ndarray
     sampling_logps: np.ndarray
     fresh_from: int
+    key: str = ""
+    correct: float = float("nan")
+    accuracy: float = 0.0
 
     @property
     def length(self) -> int:
@@ -52,34 +59,70 @@ def _sampling_logps(logps: np.ndarray | None, length: int) -> np.ndarray:
     return np.full(length, np.nan, dtype=np.float32) if logps is None else logps[:length]
 
 
-def training_rows(prompt: PromptRollouts, train_unexpanded: bool) -> list[TrainingRow]:
+@dataclass(frozen=True)
+class LeafValues:
+    """What a prompt's leaves are worth, each in the order of `PromptRollouts.leaves`.
+
+    Attributes:
+        rewards: the reward that values and advantages are made of.
+        correct: 1.0 or 0.0; NaN where it could not be said.
+        accuracy: share of correct leaves.
+    """
+
+    rewards: list[float]
+    correct: list[float]
+    accuracy: float
+
+    @classmethod
+    def plain(cls, prompt: PromptRollouts) -> "LeafValues":
+        """Rewards as they were given; nothing said about correctness."""
+        rewards = [sample.reward for sample in prompt.leaves]
+        return cls(rewards, [float("nan")] * len(rewards), 0.0)
+
+
+def training_rows(
+    prompt: PromptRollouts, train_unexpanded: bool, values: LeafValues | None = None
+) -> list[TrainingRow]:
     """Rows of one prompt: one per leaf of its expanded trees, and one per unexpanded rollout if wanted."""
+    values = values or LeafValues.plain(prompt)
     rows = []
-    for path in tree_paths(prompt.trees()):
+    for path, correct in zip(tree_paths(prompt.trees(values.rewards)), values.correct, strict=True):
         rollout = prompt.rollouts[path.tree]
-        if not rollout.branches and not train_unexpanded:
+        branches = branches_of(rollout)
+        if not branches and not train_unexpanded:
             continue
         num_tokens = len(path.tokens)
         if path.leaf == 0:
             fresh_from = num_tokens
             sampling = _sampling_logps(rollout.sampling_logps, num_tokens)
         else:
-            branch = rollout.branches[path.leaf - 1]
+            branch = branches[path.leaf - 1]
             fresh_from = branch.offset
             head = _sampling_logps(rollout.sampling_logps, fresh_from)
             sampling = np.concatenate([head, _sampling_logps(branch.sampling_logps, len(branch.tokens))])
         old_logps = np.zeros(num_tokens, dtype=np.float32)
         old_logps[:fresh_from] = rollout.old_logps[:fresh_from]
         advantages = np.asarray(path.advantages, dtype=np.float32)
-        rows.append(TrainingRow(prompt.prompt_ids, path.tokens, advantages, old_logps, sampling, fresh_from))
+        key = f"{prompt.draw.serial}/{path.tree}/{path.leaf}"
+        tokens = (prompt.prompt_ids, path.tokens)
+        logps = (old_logps, sampling, fresh_from)
+        rows.append(TrainingRow(*tokens, advantages, *logps, key, correct, values.accuracy))
     return rows
 
 
-def prompt_rows(prompt: PromptRollouts, train_unexpanded: bool) -> list[TrainingRow]:
+def prompt_rows(prompt: PromptRollouts, train_unexpanded: bool, values: LeafValues | None = None) -> list[TrainingRow]:
     """Rows of a prompt that carry signal: none if it was filtered, or if its leaves all got the same reward (4.3)."""
-    if prompt.filtered or not has_signal(prompt.trees(), include_unexpanded=train_unexpanded):
+    values = values or LeafValues.plain(prompt)
+    if prompt.filtered or not has_signal(prompt.trees(values.rewards), include_unexpanded=train_unexpanded):
         return []
-    return training_rows(prompt, train_unexpanded)
+    return training_rows(prompt, train_unexpanded, values)
+
+
+def row_facts(rows: Sequence[TrainingRow | None]) -> RowFacts:
+    """What a credit method is told of the rows of a micro-batch."""
+    known = [(row.key, row.correct, row.accuracy) if row is not None else ("", float("nan"), 0.0) for row in rows]
+    keys, correct, accuracies = zip(*known, strict=True)
+    return RowFacts(list(keys), torch.tensor(correct), torch.tensor(accuracies))
 
 
 def fit_capacity(row_counts: Sequence[int], capacity: int) -> list[int]:

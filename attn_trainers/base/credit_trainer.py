@@ -42,8 +42,8 @@ class CreditTrainer(BaseTrainer):
     GRPO with a factor per token on the advantages. Rollouts, rewards and groups stay TRL's.
 
     The signal is read in the no-grad forward that TRL makes for old log-probs; where TRL makes none, in one forward up
-    to the last layer that is needed. `_compute_loss` multiplies the advantages by the factors and calls the parent:
-    with all factors 1, the loss is bit-equal to the parent's. In evaluation nothing differs from [`~trl.GRPOTrainer`].
+    to the last layer that is needed. The loss multiplies the advantages by the factors: with all factors 1 it is
+    bit-equal to TRL's. In evaluation nothing differs from [`~trl.GRPOTrainer`].
 
     Args:
         model, reward_funcs, args, more, kwargs: as for [`~trl.GRPOTrainer`].
@@ -193,15 +193,7 @@ class CreditTrainer(BaseTrainer):
                 forward_for_attention(self.model, batch.input_ids[rows], batch.attention_mask[rows], observer)
         return None
 
-    # ---- loss and logs ----------------------------------------------------------------------------------------------
-
-    def _compute_loss(self, model, inputs):
-        if "credit" in inputs:
-            advantages = inputs["advantages"]
-            if advantages.dim() == 1:
-                advantages = advantages.unsqueeze(1)  # (B, 1)
-            inputs = {**inputs, "advantages": advantages * inputs["credit"]}  # (B, T)
-        return super()._compute_loss(model, inputs)
+    # ---- logs and state ---------------------------------------------------------------------------------------------
 
     def log(self, logs, start_time=None):
         logged, name = self._metrics["train"], f"{self.credit.prefix}/seconds/attention"

@@ -42,6 +42,15 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.ranks = Ranks(self.accelerator)
 
+    def _compute_loss(self, model, inputs):
+        """Advantages times `inputs["credit"]`, (B, T), where a credit method gave factors."""
+        if "credit" in inputs:
+            advantages = inputs["advantages"]
+            if advantages.dim() == 1:
+                advantages = advantages.unsqueeze(1)  # (B, 1)
+            inputs = {**inputs, "advantages": advantages * inputs["credit"]}  # (B, T)
+        return super()._compute_loss(model, inputs)
+
     # ---- metrics ----------------------------------------------------------------------------------------------------
 
     def log_values(self, values: Mapping[str, float], prefix: str = "") -> None:

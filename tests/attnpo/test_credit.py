@@ -199,7 +199,7 @@ def test_bad_arguments_are_refused():
             token_factors(torch.ones(2), ranges, 8)
     with pytest.raises(ValueError, match="num_generations"):
         rloo_advantages(torch.ones(3, 1))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="differ in shape"):
         length_penalised_rewards(torch.ones(3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="penalty=1.1"):
         length_penalised_rewards(torch.ones(3), torch.ones(3), penalty=1.1)

@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from attn_trainers import AttnPOConfig, AttnPOTrainer
 from attn_trainers.tiny.arithmetic import build_model, prompt_messages, sample_problems
 from attn_trainers.tiny.runs import exact_answer_reward
+from tests.helpers import logged
 
 
 HEADS = [[0, 1], [1, 0]]
@@ -67,10 +68,6 @@ def build(model, tokenizer, dataset, make_fixed, tmp_path):
         return trainer
 
     return make
-
-
-def logged(trainer, name: str) -> list:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def leave_one_out(rewards: list[float]) -> list[float]:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attn_trainers.attnrl.rollouts import Continuation, Draw, PromptRollouts, Rollout
+from attn_trainers.attnrl.pipeline import Draw
+from attn_trainers.attnrl.rollouts import PromptRollouts
 from attn_trainers.attnrl.rows import (
     TrainingRow,
     arrange_rows,
@@ -16,28 +17,24 @@ from attn_trainers.attnrl.rows import (
     prompt_rows,
     training_rows,
 )
-
-
-def logps(*values):
-    return np.array(values, dtype=np.float32)
+from tests.helpers import float_array, make_continuation, make_rollout
 
 
 def example_prompt():
     """The golden example of the method: a right rollout cut at 3 and 6, and a wrong one that is not expanded."""
-    first = Rollout(
+    first = make_rollout(
         list(range(10)),
-        sampling_logps=logps(*[-0.1 * i for i in range(10)]),
-        policy=0,
         reward=1.0,
-        old_logps=logps(*[-0.2 * i for i in range(10)]),
+        sampling_logps=float_array(*[-0.1 * i for i in range(10)]),
+        old_logps=float_array(*[-0.2 * i for i in range(10)]),
         branches=[
-            Continuation(3, [21, 22], logps(-1.0, -2.0), 1, reward=0.0),
-            Continuation(3, [23], logps(-3.0), 1, reward=1.0),
-            Continuation(6, [24], logps(-4.0), 1, reward=1.0),
-            Continuation(6, [25], logps(-5.0), 1, reward=0.0),
+            make_continuation(3, [21, 22], 0.0, float_array(-1.0, -2.0)),
+            make_continuation(3, [23], 1.0, float_array(-3.0)),
+            make_continuation(6, [24], 1.0, float_array(-4.0)),
+            make_continuation(6, [25], 0.0, float_array(-5.0)),
         ],
     )
-    second = Rollout(list(range(7)), None, 0, reward=0.0, old_logps=logps(*[0.0] * 7))
+    second = make_rollout(list(range(7)))
     return PromptRollouts(Draw(0, 0), {}, [101, 102], [first, second])
 
 
@@ -74,7 +71,7 @@ def test_a_rows_prefix_keeps_the_stored_log_probs_to_the_bit():
         np.testing.assert_array_equal(
             r.sampling_logps[: r.fresh_from], prompt.rollouts[0].sampling_logps[: r.fresh_from]
         )
-    np.testing.assert_array_equal(training_rows(prompt, False)[1].sampling_logps[3:], logps(-1.0, -2.0))
+    np.testing.assert_array_equal(training_rows(prompt, False)[1].sampling_logps[3:], float_array(-1.0, -2.0))
 
 
 def test_unexpanded_rollouts_are_trained_on_only_if_wanted():

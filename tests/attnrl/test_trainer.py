@@ -8,8 +8,10 @@ from peft import LoraConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attention import forward_context_influence
+from attn_trainers.attnrl.rollouts import branches_of
 from attn_trainers.attnrl.steps import segment_steps
 from attn_trainers.attnrl.trees import tree_paths
+from tests.helpers import logged
 
 
 def odd_sum(completions, completion_ids, **kwargs):
@@ -33,13 +35,14 @@ class RecordingTrainer(AttnRLTrainer):
         self.batches.append(prompts)
         return super()._training_micro_batches(prompts, num_drawn)
 
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.latest_logps = output[0].detach()
+        return output
+
     def _compute_loss(self, model, inputs):
-        logps = []
-        original = self._log_metrics
-        self._log_metrics = lambda values: (logps.append(self._loss_logps), original(values))
         loss = super()._compute_loss(model, inputs)
-        self._log_metrics = original
-        self.losses.append((inputs, logps[-1] if logps else None, loss.item()))
+        self.losses.append((inputs, self.latest_logps, loss.item()))
         return loss
 
 
@@ -76,19 +79,17 @@ def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
     return make
 
 
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if entry.get(name) is not None]
-
-
 def test_each_token_comes_from_the_policy_of_the_published_pipeline(make_trainer):
     trainer = make_trainer()
     trainer.train()
     assert len(trainer.batches) == 3
     for m, prompts in enumerate(trainer.batches, start=1):
         assert {r.policy for p in prompts for r in p.rollouts} == {max(0, m - 2)}
-        assert {c.policy for p in prompts for r in p.rollouts for c in r.branches} == {m - 1}
-    assert [p.draw.serial for prompts in trainer.batches for p in prompts] == list(range(trainer.stream.next_serial))
-    assert trainer.pipeline_state()["in_flight"] is None  # the last step samples nothing ahead
+        assert {c.policy for p in prompts for c in p.continuations} == {m - 1}
+    assert [p.draw.serial for prompts in trainer.batches for p in prompts] == list(
+        range(trainer.pipeline.stream.next_serial)
+    )
+    assert trainer.pipeline.in_flight is None  # the last step samples nothing ahead
 
 
 def test_the_synchronous_variant_samples_both_with_the_current_policy(make_trainer):
@@ -96,7 +97,7 @@ def test_the_synchronous_variant_samples_both_with_the_current_policy(make_train
     trainer.train()
     for m, prompts in enumerate(trainer.batches, start=1):
         policies = {r.policy for p in prompts for r in p.rollouts}
-        policies |= {c.policy for p in prompts for r in p.rollouts for c in r.branches}
+        policies |= {c.policy for p in prompts for c in p.continuations}
         assert policies == {m - 1}
 
 
@@ -107,7 +108,7 @@ def test_old_log_probs_are_stored_for_initial_tokens_and_fresh_for_continuations
     for prompt in trainer.batches[0]:
         for path in tree_paths(prompt.trees()):
             rollout = prompt.rollouts[path.tree]
-            kept = len(rollout.tokens) if path.leaf == 0 else rollout.branches[path.leaf - 1].offset
+            kept = len(rollout.tokens) if path.leaf == 0 else branches_of(rollout)[path.leaf - 1].offset
             stored[tuple(prompt.prompt_ids), tuple(path.tokens)] = torch.from_numpy(rollout.old_logps[:kept])
     first_update = trainer.losses[:3]  # the policy has not moved since the continuations were sampled
     fresh_tokens = 0
@@ -147,8 +148,8 @@ def test_the_loss_is_the_dual_clipped_token_mean(make_trainer):
 def test_influence_and_old_log_probs_of_the_shared_forward_equal_those_of_separate_ones(make_trainer):
     trainer = make_trainer(max_steps=2)
     model = trainer.model
-    trainer._pending = trainer._sample([], trainer._first_draws())
-    for prompt in trainer._pending:
+    prompts = trainer._sample([], trainer.pipeline.first_batch())
+    for prompt in prompts:
         for rollout in prompt.rollouts:
             ids = torch.tensor([prompt.prompt_ids + rollout.tokens])
             segmentation = segment_steps(len(prompt.prompt_ids), rollout.tokens, trainer.delimiters)
@@ -169,7 +170,7 @@ def test_every_criterion_trains_with_the_whole_leaf_budget(make_trainer, branchi
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     (prompts,) = trainer.batches
-    assert {len(r.branches) for p in prompts for r in p.rollouts if len(r.step_ranges) > 1} == {4}
+    assert {len(branches_of(r)) for p in prompts for r in p.rollouts if len(r.step_ranges) > 1} == {4}
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert logged(trainer, "attnrl/rows_trained")[0] + logged(trainer, "attnrl/rows_padded")[0] == 60
 
@@ -200,14 +201,14 @@ def test_a_batch_without_signal_leaves_the_model_and_goes_on(make_trainer):
     assert logged(trainer, "attnrl/rows_padded") == [60.0] * 3
     assert logged(trainer, "attnrl/solve_none_ratio") == [1.0] * 3
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    assert trainer.controller.size > 2  # more prompts are drawn in search of signal
+    assert trainer.pipeline.controller.size > 2  # more prompts are drawn in search of signal
 
 
 def test_completions_of_one_token_have_no_branches(make_trainer):
     trainer = make_trainer(max_completion_length=1, max_steps=2)
     trainer.train()
     (prompts,) = trainer.batches
-    assert all(len(r.tokens) == 1 and not r.branches for p in prompts for r in p.rollouts)
+    assert all(len(r.tokens) == 1 and not branches_of(r) for p in prompts for r in p.rollouts)
     assert logged(trainer, "attnrl/rows_trained") == [0.0]
 
 
@@ -218,7 +219,7 @@ def test_unscorable_completions_count_and_get_no_reward(make_trainer):
     trainer = make_trainer(reward=sometimes_none, max_steps=2)
     trainer.train()
     (prompts,) = trainer.batches
-    samples = [r for p in prompts for r in p.rollouts] + [c for p in prompts for r in p.rollouts for c in r.branches]
+    samples = [r for p in prompts for r in p.rollouts] + [c for p in prompts for c in p.continuations]
     assert all(sample.reward in (0.0, 1.0) for sample in samples)
     assert logged(trainer, "attnrl/unscorable")[0] > 0
 
@@ -232,7 +233,7 @@ def test_metrics_of_reward_functions_arrive(make_trainer):
     trainer = make_trainer(reward=reward, max_steps=2, log_completions=True)
     trainer.train()
     (prompts,) = trainer.batches
-    num_branches = sum(len(r.branches) for p in prompts for r in p.rollouts)
+    num_branches = sum(len(p.continuations) for p in prompts)
     # Two calls: the initial rollouts alone, then the continuations alone, as no batch follows.
     assert logged(trainer, "tokens") == [(6 * len(prompts) + num_branches) / 2]
 
@@ -276,10 +277,10 @@ def test_a_resumed_run_goes_on_with_the_prompts_in_flight_and_the_controllers(ma
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     (prompts,) = resumed.batches
     assert [p.draw for p in prompts] == [p.draw for p in trainer.batches[2]]
-    assert resumed.batches_trained == 3
-    assert resumed.stream.next_serial == trainer.stream.next_serial
+    assert resumed.pipeline.batches_trained == 3
+    assert resumed.pipeline.stream.next_serial == trainer.pipeline.stream.next_serial
     assert {r.policy for p in prompts for r in p.rollouts} == {2}  # sampled again by the policy of the checkpoint
-    assert resumed.easy_influence.count >= saved["easy_influence"]["count"]
+    assert resumed.pipeline.easy_influence.count >= saved["easy_influence"]["count"]
     assert logged(resumed, "attnrl/samples")[-1] > saved["counters"]["samples"]
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
+from attn_trainers.attnrl.rollouts import branches_of
 
 
 def odd_sum(completions, completion_ids, **kwargs):
@@ -36,14 +37,14 @@ def test_training_through_vllm(tmp_path, tiny_model_dir, tiny_tokenizer, arithme
     trainer = AttnRLTrainer(
         str(tiny_model_dir), odd_sum, args, train_dataset=arithmetic_dataset, processing_class=tiny_tokenizer
     )
-    draws = trainer.stream.draws(0, 4)
+    draws = trainer.pipeline.stream.draws(0, 4)
     first, again = trainer._sample([], draws), trainer._sample([], draws)
     assert [[r.tokens for r in p.rollouts] for p in first] == [[r.tokens for r in p.rollouts] for p in again]
     trainer.train()
     for prompt in trainer.last_prompts:
         for rollout in prompt.rollouts:
             assert len(rollout.sampling_logps) == len(rollout.old_logps) == len(rollout.tokens) <= 16
-            for branch in rollout.branches:
+            for branch in branches_of(rollout):
                 assert branch.offset + len(branch.tokens) <= 16
                 assert len(branch.sampling_logps) == len(branch.tokens)
     history = trainer.state.log_history

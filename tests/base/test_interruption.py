@@ -172,7 +172,7 @@ def test_full_disk_leaves_the_checkpoint_before_it(build, tmp_path):
     (torn / "trainer_state.json").unlink()
     resumed = build("AttnRL", save_total_limit=1)
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.batches_trained == 3
+    assert resumed.pipeline.batches_trained == 3
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
     assert is_whole(tmp_path / "run" / "checkpoint-6")
 

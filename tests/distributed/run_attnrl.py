@@ -9,6 +9,7 @@ from common import SETTINGS, history, odd_sum, run, train_and_save
 from transformers import PreTrainedTokenizerFast
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
+from attn_trainers.attnrl.rollouts import branches_of
 from attn_trainers.tiny.arithmetic import sample_problems
 from attn_trainers.tiny.runs import to_dataset
 
@@ -70,13 +71,16 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool) -> None:
             [
                 [
                     p.draw.serial,
-                    [[r.tokens, r.reward, [[c.offset, c.tokens, c.reward] for c in r.branches]] for r in p.rollouts],
+                    [
+                        [r.tokens, r.reward, [[c.offset, c.tokens, c.reward] for c in branches_of(r)]]
+                        for r in p.rollouts
+                    ],
                 ]
                 for p in prompts
             ]
             for prompts in trainer.batches
         ]
-        state = trainer.pipeline_state()
+        state = trainer.pipeline.state_dict()
         seen = {"batches": batches, "state": state, "history": history(trainer, "attnrl/"), "work": work}
         Path(output).write_text(json.dumps(seen))
 

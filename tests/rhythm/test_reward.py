@@ -333,11 +333,11 @@ def test_metrics():
     correct = torch.tensor([1, 1, 0, 0])
     metrics = rhythm_metrics(means, correct, torch.tensor([40, 30, 10, 20]), torch.tensor([4, 2, 1, 2]))
     expected = {
-        "reward_correct": 0.3,
-        "reward_wrong": -0.1,
-        "correlation_correct": 0.2 / math.sqrt(0.05),  # mean difference times 1/2 over the population deviation
-        "correlation_length": 1.0,
-        "chunks_per_100_tokens": 9.0,
+        "reward/correct": 0.3,
+        "reward/wrong": -0.1,
+        "reward/correlation_correct": 0.2 / math.sqrt(0.05),  # mean difference times 1/2 over the population deviation
+        "reward/correlation_length": 1.0,
+        "reward/chunks_per_100_tokens": 9.0,
     }
     assert metrics == pytest.approx(expected, abs=1e-6)
 

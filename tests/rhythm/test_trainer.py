@@ -17,6 +17,7 @@ from attn_trainers.rhythm import method
 from attn_trainers.rhythm.attention_rows import ANCHOR_FRACTION, row_breadth, row_concentration
 from attn_trainers.rhythm.credit import anchor_tokens, credit_factors, top_tokens
 from attn_trainers.rhythm.reward import rhythm_reward
+from tests.helpers import logged
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}
@@ -55,10 +56,6 @@ def sequences(output) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
     mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
     return ids, mask, output["prompt_mask"].sum(dim=1).tolist()
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 # ---- where nothing may differ from GRPO -----------------------------------------------------------------------------
