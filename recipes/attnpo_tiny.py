@@ -30,7 +30,8 @@ from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.base.card import CardNotes, public_command, publish
 from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.plots import plot_curves
-from attn_trainers.sampling.requests import SampleRequest, SamplingSettings, sample_with_transformers
+from attn_trainers.sampling.requests import GenerationRequest, SamplingSettings
+from attn_trainers.sampling.transformers import sample_with_transformers
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.arithmetic import RECHECK, Problem, prompt_messages
 from attn_trainers.tiny.runs import (
@@ -104,11 +105,12 @@ def probe_data(folder: Path, tokenizer, problems: list[Problem], path: Path) -> 
     texts = [
         tokenizer.apply_chat_template(prompt_messages(p), add_generation_prompt=True, tokenize=False) for p in problems
     ]
-    requests = [SampleRequest(i, 0, tokenizer(text)["input_ids"], seed=i) for i, text in enumerate(texts)]
-    settings = SamplingSettings(temperature=1.0, max_new_tokens=160, batch_size=200)
+    requests = [GenerationRequest(tokenizer(text)["input_ids"], 160, seed=i) for i, text in enumerate(texts)]
+    settings = SamplingSettings(temperature=1.0, batch_size=200)
     lines = []
-    for request, ids in sample_with_transformers(str(folder), settings, tokenizer, requests):
-        problem, text = problems[request.problem], tokenizer.decode(ids, skip_special_tokens=True)
+    for index, sample in sample_with_transformers(str(folder), settings, tokenizer, requests):
+        problem, ids = problems[index], sample.token_ids
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         if exact_answer_reward([text], [problem.answer]) == [1.0]:
             steps = [text[step.start : step.end] for step in split_paragraphs(text)]
             labels = [REDUNDANT if step.startswith(RECHECK) else ESSENTIAL for step in steps]

@@ -18,11 +18,10 @@ With `--write_card true` the table and the command go into the card of a model i
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from attn_trainers.base.card import public_command, write_evaluation
 from attn_trainers.evaluation.run import EvaluationArguments, compare_runs, evaluate
 from attn_trainers.evaluation.statistics import comparison_table, summary_table
+from attn_trainers.launch.command import run_command
 
 
 @dataclass
@@ -50,4 +49,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    run_command(main, Arguments)

@@ -30,14 +30,10 @@ from attn_trainers.inspection.measure import (
 )
 from attn_trainers.inspection.page import STATISTIC_HEADER, page, plot_couplings, plot_response, statistic_rows
 from attn_trainers.rewards import math_accuracy
-from attn_trainers.sampling.problems import prompt_for
-from attn_trainers.sampling.requests import (
-    SampleRequest,
-    SamplingSettings,
-    load_model,
-    sample_with_transformers,
-    tokenizer_of,
-)
+from attn_trainers.sampling.models import load_config, load_model, num_positions, tokenizer_of
+from attn_trainers.sampling.problems import parse_template_kwargs, prompt_token_ids
+from attn_trainers.sampling.requests import GenerationRequest, SamplingSettings, fit_positions
+from attn_trainers.sampling.transformers import sample_with_transformers
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.arithmetic import sample_problems
 from attn_trainers.tiny.runs import HELD_OUT_SEED, TinyArguments, prepare
@@ -63,6 +59,9 @@ class Arguments:
         default="{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.",
         metadata={"help": "User message; {problem} stands for the problem."},
     )
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'."}
+    )
     max_new_tokens: int = field(default=1024, metadata={"help": "Tokens of a sampled response at most."})
     max_response_tokens: int = field(default=4096, metadata={"help": "A given response is cut after so many tokens."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampled responses (the paper's analysis: 0.7)."})
@@ -79,6 +78,7 @@ class Arguments:
     )
 
     def __post_init__(self):
+        self.chat_template_kwargs = parse_template_kwargs(self.chat_template_kwargs)
         if self.step_mode not in ("phrases", "paragraphs"):
             raise ValueError(f"step_mode={self.step_mode!r} is unknown; set it to 'phrases' or 'paragraphs'.")
         if not self.tiny and not (self.model and self.data):
@@ -102,24 +102,20 @@ def read_problems(args: Arguments) -> list[dict]:
     return records
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, problem: str, template: str) -> list[int]:
-    messages = prompt_for(problem, template)
-    if tokenizer.chat_template is None:
-        return tokenizer(messages[0]["content"])["input_ids"]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
 def responses(args: Arguments, tokenizer: PreTrainedTokenizerBase, records: list[dict]) -> Iterator[tuple]:
     """Each record with its prompt and response tokens, the response given or sampled."""
-    prompts = [prompt_tokens(tokenizer, record["problem"], args.prompt_template) for record in records]
+    prompts = [
+        prompt_token_ids(tokenizer, record["problem"], args.prompt_template, args.chat_template_kwargs)
+        for record in records
+    ]
     missing = [i for i, record in enumerate(records) if not record.get("completion")]
     sampled = {}
     if missing:
-        settings = SamplingSettings(
-            temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed, dtype=args.dtype
-        )
-        requests = [SampleRequest(i, 0, prompts[i], args.seed * 1_000_003 + i) for i in missing]
-        sampled = {r.problem: ids for r, ids in sample_with_transformers(args.model, settings, tokenizer, requests)}
+        settings = SamplingSettings(temperature=args.temperature, seed=args.seed, dtype=args.dtype)
+        requests = [GenerationRequest(prompts[i], args.max_new_tokens, args.seed * 1_000_003 + i) for i in missing]
+        requests, _ = fit_positions(requests, num_positions(load_config(args.model)))
+        drawn = sample_with_transformers(args.model, settings, tokenizer, requests)
+        sampled = {missing[index]: sample.token_ids for index, sample in drawn}
     for i, record in enumerate(records):
         given = sampled.get(i)
         if given is None:

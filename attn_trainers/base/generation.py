@@ -6,53 +6,20 @@ continuation may only use what its prefix left of the completion budget. `Genera
 """
 
 import logging
-import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad
 
-from ..sampling.vllm import whole_prompt_calls
+from ..sampling.requests import GeneratedTokens, GenerationRequest, count_missing_logps  # noqa: F401 (for trainers)
+from ..sampling.transformers import generate_batch
+from ..sampling.vllm import generate_with_engine, limit_cpu_cache
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One sample to draw.
-
-    Attributes:
-        prompt_ids: tokens to continue: a prompt, or a prompt with the head of a completion.
-        max_tokens: tokens to sample at most, at least 1.
-        seed: makes this sample repeatable whatever else is in the batch (vLLM only; `None` leaves it to the engine).
-    """
-
-    prompt_ids: list[int]
-    max_tokens: int
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class GeneratedTokens:
-    """What was sampled for one request.
-
-    Attributes:
-        token_ids: sampled tokens, EOS included where it was sampled.
-        logps: the sampler's log-probability of each sampled token, NaN where it had none; `None` if the backend
-            reports none (transformers).
-    """
-
-    token_ids: list[int]
-    logps: list[float] | None
 
 
 def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
@@ -89,22 +56,11 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def sampled_logps(output) -> list[float]:
-    """Log-probability of each sampled token of a vLLM `CompletionOutput`.
-
-    vLLM lists the sampled token among the top ones, ordered by rank: it is found by its id, so that asking for more
-    log-probs changes nothing.
-    """
-    return [logprobs[token_id].logprob for token_id, logprobs in zip(output.token_ids, output.logprobs, strict=True)]
-
-
 def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
     """Sample every request in one vLLM call. The engine must be awake; sampling settings are the trainer's.
 
     Under tensor parallelism all ranks of a group run the group's requests together, each keeps its own.
     """
-    from vllm import SamplingParams
-
     settings = {
         "n": 1,
         "repetition_penalty": vllm_generation.repetition_penalty,
@@ -124,56 +80,16 @@ def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[Generation
         all_requests = [request for part in gathered for request in part]
     if not all_requests:
         return []
-    outputs = []
-    for call in engine_calls(vllm_generation, all_requests):
-        outputs += vllm_generation.llm.generate(
-            [{"prompt_token_ids": request.prompt_ids} for request in call],
-            sampling_params=[
-                SamplingParams(**(settings | {"max_tokens": request.max_tokens, "seed": request.seed}))
-                for request in call
-            ],
-            use_tqdm=False,
-        )
-    outputs = [output.outputs[0] for output in outputs[first : first + len(requests)]]
-    return [GeneratedTokens(list(output.token_ids), sampled_logps(output)) for output in outputs]
-
-
-def engine_calls(
-    vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]
-) -> list[Sequence[GenerationRequest]]:
-    """The requests of each call to the engine: all in one, but for seeded requests on a CPU."""
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
-    if not on_cpu or all(request.seed is None for request in requests):
-        return [requests]
-    return whole_prompt_calls(vllm_generation.llm, requests)
-
-
-class _TokenBudget(StoppingCriteria):
-    """Ends each row at its own limit of new tokens."""
-
-    def __init__(self, prompt_width: int, limits: torch.Tensor):
-        self.prompt_width = prompt_width
-        self.limits = limits  # (B,)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return (input_ids.shape[1] - self.prompt_width) >= self.limits.to(input_ids.device)
-
-
-def cut_completion(token_ids: Sequence[int], max_tokens: int, eos_token_ids: Sequence[int]) -> list[int]:
-    """Tokens up to the limit and up to the first EOS, which is kept."""
-    tokens = list(token_ids[:max_tokens])
-    for position, token in enumerate(tokens):
-        if token in eos_token_ids:
-            return tokens[: position + 1]
-    return tokens
+    outputs = generate_with_engine(vllm_generation.llm, all_requests, settings, on_cpu)
+    return outputs[first : first + len(requests)]
 
 
 class GenerationMixin:
     """Generation with per-request limits, for a `GRPOTrainer` subclass (named before it in the bases)."""
 
     def __init__(self, *args, **kwargs):
-        if not torch.cuda.is_available():
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; vLLM would take half of the memory
+        limit_cpu_cache()
         super().__init__(*args, **kwargs)
 
     def _sync_vllm_if_stale(self) -> None:
@@ -237,14 +153,6 @@ class GenerationMixin:
         return results
 
     def _transformers_generate_chunk(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        prompts = [torch.tensor(request.prompt_ids) for request in requests]
-        limits = torch.tensor([request.max_tokens for request in requests])  # (B,)
-        device = self.accelerator.device
-        input_ids = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
-        attention_mask = pad([torch.ones_like(p) for p in prompts], padding_value=0, padding_side="left").to(device)
-        config = copy(self.generation_config)
-        config.max_new_tokens = int(limits.max())
-        budget = _TokenBudget(input_ids.shape[1], limits)
         with (
             profiling_context(self, "transformers.generate"),
             unwrap_model_for_generation(
@@ -257,23 +165,8 @@ class GenerationMixin:
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([budget]),
-            )
-        new_tokens = output[:, input_ids.shape[1] :].tolist()
-        return [
-            cut_completion(tokens, request.max_tokens, self.eos_token_ids)
-            for tokens, request in zip(new_tokens, requests, strict=True)
-        ]
+            return generate_batch(model, requests, self.generation_config, self.accelerator.device)
 
     def max_over_ranks(self, value: int) -> int:
         """Largest value on any rank; a collective."""
         return int(self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max())
-
-
-def count_missing_logps(completions: Sequence[GeneratedTokens]) -> int:
-    """Tokens for which the sampler gave no usable log-probability (NaN)."""
-    return sum(math.isnan(logp) for completion in completions for logp in completion.logps or ())

@@ -18,16 +18,22 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..rewards import math_accuracy_reward
-from ..sampling.problems import STEP_BY_STEP, load_problems, prompt_token_ids, request_seed
+from ..sampling.backends import BACKENDS, resolve_backend, sample_completions
+from ..sampling.models import end_token_ids, load_config, num_positions, tokenizer_of
+from ..sampling.problems import (
+    STEP_BY_STEP,
+    is_file,
+    load_problems,
+    parse_template_kwargs,
+    prompt_token_ids,
+    request_seed,
+)
 from ..sampling.requests import (
-    SampleRequest,
+    GeneratedTokens,
+    GenerationRequest,
     SamplingSettings,
     count_thinking_tokens,
-    end_token_ids,
-    resolve_backend,
-    sample_with_transformers,
-    sample_with_vllm,
-    tokenizer_of,
+    fit_positions,
 )
 from .statistics import (
     Comparison,
@@ -44,6 +50,7 @@ from .statistics import (
 
 _GRADED_TOGETHER = 64  # completions that wait for grading; as many are drawn again after a crash
 _SETTINGS_FILE = "settings.json"
+MAX_NEW_TOKENS = 32768
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ class EvaluationArguments:
     )
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "JSONL files or Hub data sets (id or id:split; else split test)."},
+        metadata={"help": "Files (JSONL, JSON, Parquet, CSV) or Hub data sets (id or id:split; else split test)."},
     )
     output: str = field(default="runs/evaluation", metadata={"help": "Folder of completions and report."})
     compare: list[str] = field(
@@ -75,24 +82,35 @@ class EvaluationArguments:
         default="auto",
         metadata={
             "help": "vllm, transformers, or auto (vllm where it is installed).",
-            "choices": ["auto", "vllm", "transformers"],
+            "choices": list(BACKENDS),
         },
     )
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 decodes greedily."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold."})
-    max_new_tokens: int = field(default=32768, metadata={"help": "Token limit of a completion."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Token limit of a completion; by default 32768, or what the prompt leaves of the positions."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of sampling and bootstrap."})
     prompt_template: str = field(
         default=STEP_BY_STEP, metadata={"help": "User message; {problem} stands for the problem."}
     )
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem texts."})
-    answer_column: str = field(default="answer", metadata={"help": "Column of the answers."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'."}
+    )
+    problem_column: str = field(
+        default="problem", metadata={"help": "Column of the problem texts, also within another (prompt.0.content)."}
+    )
+    answer_column: str = field(default="answer", metadata={"help": "Column of the answers, also within another."})
     dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
     batch_size: int = field(default=16, metadata={"help": "Completions per batch (transformers only)."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of GPU memory that vLLM takes."})
     tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that vLLM spreads the model over."})
 
     def __post_init__(self):
+        self.chat_template_kwargs = parse_template_kwargs(self.chat_template_kwargs)
         if self.compare:
             if len(self.compare) != 2:
                 raise ValueError(f"compare={self.compare} names {len(self.compare)} folders; give two.")
@@ -106,11 +124,9 @@ class EvaluationArguments:
             raise ValueError(f"data={self.data} has two sources of one name; rename a file.")
         if "{problem}" not in self.prompt_template:
             raise ValueError(f"prompt_template={self.prompt_template!r} has no {{problem}}; add it for the problem.")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("max_new_tokens", "batch_size", "num_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; raise it.")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples={self.num_samples} is below 1; raise it.")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} is negative; use 0 for greedy decoding.")
         if not 0 < self.top_p <= 1:
@@ -124,6 +140,10 @@ class EvaluationArguments:
                     )
 
     @property
+    def token_limit(self) -> int:
+        return MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
     def sampling(self) -> SamplingSettings:
         return SamplingSettings(**{f.name: getattr(self, f.name) for f in fields(SamplingSettings)})
 
@@ -133,7 +153,7 @@ class EvaluationArguments:
 
 def data_name(source: str) -> str:
     """Name of a data source in file names and tables: the file's stem, or the Hub id's last part without the split."""
-    return Path(source.split(":")[0] if not source.endswith((".jsonl", ".json")) else source).stem
+    return Path(source if is_file(source) else source.split(":")[0]).stem
 
 
 # Files and resume ------------------------------------------------------------------------------------
@@ -202,11 +222,13 @@ def check_settings(output: Path, settings: dict) -> None:
 
 def run_settings(args: EvaluationArguments, problems: dict[str, list[dict]]) -> dict:
     """All that a completion depends on; the number of samples is not among it, so a run can be extended."""
-    names = ("model", "revision", "temperature", "top_p", "max_new_tokens", "seed", "prompt_template", "dtype")
+    names = ("model", "revision", "temperature", "top_p", "seed", "prompt_template", "dtype")
     digests = {
         name: hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() for name, rows in problems.items()
     }
     return {name: getattr(args, name) for name in names} | {
+        "max_new_tokens": args.token_limit,
+        "chat_template_kwargs": args.chat_template_kwargs or None,
         "backend": resolve_backend(args.backend),
         "weights": weights_digest(args.model),
         "data": digests,
@@ -221,10 +243,55 @@ def load_sources(args: EvaluationArguments) -> dict[str, list[dict]]:
     problems = {}
     for source in args.data:
         path, split = source, "test"
-        if ":" in source and not source.endswith((".jsonl", ".json")):
+        if ":" in source and not is_file(source):
             path, split = source.split(":", maxsplit=1)
         problems[data_name(source)] = load_problems(path, split, args.problem_column, args.answer_column).to_list()
     return problems
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A completion to draw: of which data set, problem and sample it is, and the request for it."""
+
+    name: str
+    problem: int
+    sample: int
+    request: GenerationRequest
+
+
+def plan_draws(
+    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, problems: dict[str, list[dict]]
+) -> tuple[list[Draw], str]:
+    """Every completion of the evaluation, and a line on those that the model's positions cut short ("" for none).
+
+    Raises:
+        ValueError: if `max_new_tokens` was set to more than the positions leave.
+    """
+    places, requests = [], []
+    for source in args.data:
+        name = data_name(source)
+        for problem, row in enumerate(problems[name]):
+            ids = prompt_token_ids(tokenizer, row["problem"], args.prompt_template, args.chat_template_kwargs)
+            for sample in range(args.samples_of(source)):
+                places.append((name, problem, sample))
+                seed = request_seed(args.seed, name, problem, sample)
+                requests.append(GenerationRequest(ids, args.token_limit, seed))
+    positions = num_positions(load_config(args.model))
+    fitting, num_cut = fit_positions(requests, positions)
+    note = ""
+    if num_cut:
+        least = min(request.max_tokens for request in fitting)
+        if args.max_new_tokens is not None:
+            raise ValueError(
+                f"max_new_tokens={args.max_new_tokens} and a prompt of {positions - least} tokens exceed the "
+                f"{positions} positions of the model; set max_new_tokens to at most {least}, or leave it out to use "
+                "what each prompt leaves."
+            )
+        note = (
+            f"{num_cut} of {len(fitting)} completions are limited by the {positions} positions of the model: to "
+            f"{least} new tokens or more instead of {args.token_limit}."
+        )
+    return [Draw(*place, request) for place, request in zip(places, fitting, strict=True)], note
 
 
 def evaluate(args: EvaluationArguments) -> list[Summary]:
@@ -235,31 +302,27 @@ def evaluate(args: EvaluationArguments) -> list[Summary]:
     """
     output = Path(args.output)
     problems = load_sources(args)
-    check_settings(output, run_settings(args, problems))
+    settings = run_settings(args, problems)
     if args.revision is not None:
         args = replace(args, model=snapshot_download(args.model, revision=args.revision), revision=None)
     tokenizer = tokenizer_of(args.model)
-    missing: list[tuple[str, SampleRequest]] = []
-    for source in args.data:
-        name = data_name(source)
+    draws, note = plan_draws(args, tokenizer, problems)
+    check_settings(output, settings)
+    if note:
+        logger.warning(note)
+    done: set[tuple[str, int, int]] = set()
+    for name in problems:
         records, dropped = read_records(output / f"{name}.jsonl")
         if records or dropped:
             logger.info("%s: %d completions exist, %d unfinished lines dropped.", name, len(records), dropped)
-        done = {(r.problem, r.sample) for r in records}
-        for problem, row in enumerate(problems[name]):
-            prompt_ids = prompt_token_ids(tokenizer, row["problem"], args.prompt_template)
-            for sample in range(args.samples_of(source)):
-                if (problem, sample) not in done:
-                    seed = request_seed(args.seed, name, problem, sample)
-                    missing.append((name, SampleRequest(problem, sample, prompt_ids, seed)))
-    if missing:
-        draw_and_grade(args, tokenizer, problems, missing)
+        done |= {(name, r.problem, r.sample) for r in records}
+    draw_and_grade(args, tokenizer, problems, [d for d in draws if (d.name, d.problem, d.sample) not in done])
     summaries = []
     for source in args.data:
         records, _ = read_records(output / f"{data_name(source)}.jsonl")
         wanted = [r for r in records if r.sample < args.samples_of(source)]
         summaries.append(summarize(data_name(source), wanted, args.pass_at, args.seed))
-    write_report(output, summaries)
+    write_report(output, summaries, note)
     return summaries
 
 
@@ -267,49 +330,49 @@ def draw_and_grade(
     args: EvaluationArguments,
     tokenizer: PreTrainedTokenizerBase,
     problems: dict[str, list[dict]],
-    missing: Sequence[tuple[str, SampleRequest]],
+    draws: Sequence[Draw],
 ) -> None:
-    """Sample the missing completions and append them, graded, to the JSONL files."""
-    sampler = sample_with_vllm if resolve_backend(args.backend) == "vllm" else sample_with_transformers
-    names = {id(request): name for name, request in missing}
-    waiting: list[tuple[SampleRequest, list[int]]] = []
-    with tqdm(total=len(missing), desc="Completions", unit="completion") as progress:
-        for drawn in sampler(args.model, args.sampling, tokenizer, [request for _, request in missing]):
-            waiting.append(drawn)
+    """Sample completions and append them, graded, to the JSONL files."""
+    if not draws:
+        return
+    ends = end_token_ids(args.model, tokenizer)
+    requests = [draw.request for draw in draws]
+    waiting: list[tuple[Draw, GeneratedTokens]] = []
+    with tqdm(total=len(draws), desc="Completions", unit="completion") as progress:
+        for index, sampled in sample_completions(args.backend, args.model, args.sampling, tokenizer, requests):
+            waiting.append((draws[index], sampled))
+            progress.update()
             if len(waiting) == _GRADED_TOGETHER:
-                _grade_and_append(args, tokenizer, problems, names, waiting)
-                progress.update(len(waiting))
+                _grade_and_append(Path(args.output), tokenizer, ends, problems, waiting)
                 waiting = []
-        if waiting:
-            _grade_and_append(args, tokenizer, problems, names, waiting)
-            progress.update(len(waiting))
+    _grade_and_append(Path(args.output), tokenizer, ends, problems, waiting)
 
 
-def _grade_and_append(args, tokenizer, problems, names, drawn) -> None:
-    texts = [tokenizer.decode(token_ids, skip_special_tokens=True) for _, token_ids in drawn]
-    answers = [problems[names[id(request)]][request.problem]["answer"] for request, _ in drawn]
+def _grade_and_append(output: Path, tokenizer, ends, problems, drawn: Sequence[tuple[Draw, GeneratedTokens]]) -> None:
+    texts = [tokenizer.decode(sampled.token_ids, skip_special_tokens=True) for _, sampled in drawn]
+    answers = [problems[draw.name][draw.problem]["answer"] for draw, _ in drawn]
     rewards = math_accuracy_reward(texts, answers)
-    eos = end_token_ids(args.model, tokenizer)
-    for (request, ids), text, answer, correct in zip(drawn, texts, answers, rewards, strict=True):
-        stopped = bool(ids) and ids[-1] in eos
+    for (draw, sampled), text, answer, correct in zip(drawn, texts, answers, rewards, strict=True):
+        ids = sampled.token_ids
+        stopped = bool(ids) and ids[-1] in ends
         record = CompletionRecord(
-            problem=request.problem,
-            sample=request.sample,
+            problem=draw.problem,
+            sample=draw.sample,
             completion=text,
             answer=answer,
             correct=correct,
             num_tokens=len(ids),
-            num_thinking_tokens=count_thinking_tokens(tokenizer, request.prompt_ids, ids),
+            num_thinking_tokens=count_thinking_tokens(tokenizer, draw.request.prompt_ids, ids),
             truncated=not stopped,
             finish="stop" if stopped else "length",
         )
-        with (Path(args.output) / f"{names[id(request)]}.jsonl").open("a") as file:
+        with (output / f"{draw.name}.jsonl").open("a") as file:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
-def write_report(output: Path, summaries: Sequence[Summary]) -> None:
-    """`report.md`, `report.json` and `report.png`."""
-    (output / "report.md").write_text(summary_table(summaries))
+def write_report(output: Path, summaries: Sequence[Summary], note: str) -> None:
+    """`report.md` (the table, and the note below it), `report.json` and `report.png`."""
+    (output / "report.md").write_text(summary_table(summaries) + (f"\n{note}\n" if note else ""))
     (output / "report.json").write_text(json.dumps([asdict(s) for s in summaries], indent=2) + "\n")
     import matplotlib
 

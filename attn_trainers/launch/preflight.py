@@ -24,6 +24,7 @@ from ..attnrl.steps import StepDelimiters
 from ..base.checkpoints import steps_between_generations
 from ..rewards import unverifiable_answers
 from ..rhythm.config import RhythmConfig
+from ..sampling.problems import prompt_for, render_prompt
 from .memory import (
     DEVICE_OVERHEAD,
     GIB,
@@ -318,12 +319,11 @@ def check_data(dataset: Dataset, num_long: int, report: Report) -> None:
     )
 
 
-def thinking_behaviour(tokenizer: PreTrainedTokenizerBase) -> str:
+def thinking_behaviour(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None) -> str:
     """What the chat template does about thinking, in a sentence."""
     if tokenizer.chat_template is None:
         return "none; the prompt is the bare text"
-    messages = [{"role": "user", "content": "1 + 1 ="}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = render_prompt(tokenizer, prompt_for("1 + 1 =", "{problem}"), chat_template_kwargs)
     tail = prompt.rpartition("1 + 1 =")[2]
     if "</think>" in tail:
         return "closes <think> in the prompt: the model is asked not to think"
@@ -340,7 +340,7 @@ def check_vocabulary(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, repor
     """
     end = args.end_of_thinking if isinstance(args, AttnRLConfig | AttnPOConfig) else "</think>"
     report.heading("Tokenizer")
-    report.add("chat template", thinking_behaviour(tokenizer))
+    report.add("chat template", thinking_behaviour(tokenizer, args.chat_template_kwargs))
     ids = tokenizer.encode(end, add_special_tokens=False)
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(

@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from ..base.card import CardNotes, publish
 from ..base.interruption import last_whole_checkpoint
-from ..sampling.models import load_tokenizer
-from ..sampling.problems import STEP_BY_STEP, load_problems, with_prompts
+from ..sampling.models import load_tokenizer, refuse_adapter
+from ..sampling.problems import STEP_BY_STEP, load_problems, parse_template_kwargs, with_prompts
 from ..tiny.byte_model import build_byte_model
 from .preflight import load_model_config, preflight
 
@@ -38,12 +38,15 @@ class MathScriptArguments:
 
     dataset: str = field(
         default="agentica-org/DeepScaleR-Preview-Dataset",
-        metadata={"help": "Hub id of a data set, or a local JSONL file."},
+        metadata={"help": "Hub id of a data set, or a local file (JSONL, JSON, Parquet, CSV)."},
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem texts."})
+    problem_column: str = field(
+        default="problem", metadata={"help": "Column of the problem texts, also within another (prompt.0.content)."}
+    )
     answer_column: str = field(
-        default="answer", metadata={"help": "Column of the answers: a text, or a list of accepted texts."}
+        default="answer",
+        metadata={"help": "Column of the answers (a text, a number or a list), also within another."},
     )
     prompt_template: str = field(
         default=STEP_BY_STEP, metadata={"help": "User message; {problem} stands for the problem."}
@@ -52,7 +55,8 @@ class MathScriptArguments:
         default=1024, metadata={"help": "Problems whose prompt has more tokens are left out (and counted)."}
     )
     eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files that are evaluated on every eval_steps."}
+        default_factory=list,
+        metadata={"help": "Files with 'problem' and 'answer' that are evaluated on every eval_steps."},
     )
     tiny_model: bool = field(
         default=False,
@@ -103,17 +107,21 @@ def check_run(
         folder = Path(training_args.output_dir) / "_tiny-model"  # a name that is not pushed
         with state.main_process_first():
             model_args.model_name_or_path = str(build_byte_model(folder))
+    elif model_args.model_name_or_path:
+        refuse_adapter(model_args.model_name_or_path, "model_name_or_path")
     config = load_model_config(model_args.model_name_or_path, model_args.model_revision)
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    template, max_prompt_length = script_args.prompt_template, script_args.max_prompt_length
+    template_kwargs = parse_template_kwargs(training_args.chat_template_kwargs)
+    max_prompt_length = script_args.max_prompt_length
+
+    def prompts_of(problems: Dataset) -> tuple[Dataset, int]:
+        return with_prompts(problems, tokenizer, script_args.prompt_template, max_prompt_length, template_kwargs)
+
     problems = load_problems(
         script_args.dataset, script_args.dataset_split, script_args.problem_column, script_args.answer_column
     )
-    dataset, num_long = with_prompts(problems, tokenizer, template, max_prompt_length)
-    eval_dataset = {
-        Path(source).stem: with_prompts(load_problems(source), tokenizer, template, max_prompt_length)[0]
-        for source in script_args.eval_data
-    }
+    dataset, num_long = prompts_of(problems)
+    eval_dataset = {Path(source).stem: prompts_of(load_problems(source))[0] for source in script_args.eval_data}
     set_model_init_kwargs(training_args, model_args)
     refused = [None]
     if state.is_main_process:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer
 
-from ..base.generation import GenerationRequest
+from ..sampling.requests import GenerationRequest
 from ..tables import markdown_table
 from .arithmetic import Problem, WarmStart, prompt_messages, sample_problems, warm_start
 
@@ -104,7 +104,7 @@ def evaluate_held_out(trainer, problems: Sequence[Problem], num_samples: int, se
         trainer: a trainer with `generate_requests`.
         problems: held-out problems.
         num_samples: samples per problem.
-        seed: of the samples (vLLM).
+        seed: of the samples.
     """
     tokenizer = trainer.processing_class
     rank, num_ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes

@@ -8,15 +8,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from attn_trainers.base.generation import (
-    GeneratedTokens,
-    GenerationMixin,
-    GenerationRequest,
-    count_missing_logps,
-    cut_completion,
-    engine_calls,
-    sampled_logps,
-)
+from attn_trainers.base.generation import GenerationMixin
+from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.tiny.arithmetic import build_model
 
 
@@ -59,48 +52,6 @@ def make_trainer(tmp_path, tiny_tokenizer):
         )
 
     return make
-
-
-@pytest.mark.parametrize(
-    ("tokens", "limit", "expected"),
-    [([5, 6, 1, 7], 10, [5, 6, 1]), ([5, 6, 7], 2, [5, 6]), ([1, 1], 5, [1]), ([5, 6, 1], 3, [5, 6, 1]), ([], 3, [])],
-)
-def test_a_completion_ends_with_its_first_eos_or_at_its_limit(tokens, limit, expected):
-    assert cut_completion(tokens, limit, eos_token_ids=[1, 2]) == expected
-
-
-def test_the_sampled_tokens_log_prob_is_found_by_its_id_not_its_rank():
-    def entry(logprob, rank):
-        return SimpleNamespace(logprob=logprob, rank=rank)
-
-    output = SimpleNamespace(
-        token_ids=[7, 3], logprobs=[{9: entry(-0.1, 1), 7: entry(-2.5, 4)}, {3: entry(-0.2, 1), 8: entry(-1.9, 2)}]
-    )
-    assert sampled_logps(output) == [-2.5, -0.2]
-
-
-def test_missing_log_probs_are_counted():
-    completions = [GeneratedTokens([1, 2], [float("nan"), -1.0]), GeneratedTokens([3], None)]
-    assert count_missing_logps(completions) == 1
-
-
-@pytest.mark.parametrize(
-    ("device", "seed", "expected"),
-    [
-        ("cuda", 1, [[40, 40, 30, 100, 10]]),
-        ("cpu", None, [[40, 40, 30, 100, 10]]),
-        ("cpu", 1, [[40, 40], [30], [100], [10]]),
-    ],
-)
-def test_only_seeded_requests_on_a_cpu_are_spread_over_calls(device, seed, expected):
-    scheduler = SimpleNamespace(max_num_batched_tokens=100, max_num_seqs=10)
-    engine = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device(device)),
-        llm=SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=scheduler))),
-    )
-    requests = [GenerationRequest([0] * n, 5, seed) for n in (40, 40, 30, 100, 10)]
-    calls = engine_calls(engine, requests)
-    assert [[len(request.prompt_ids) for request in call] for call in calls] == expected
 
 
 def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):

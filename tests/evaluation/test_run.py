@@ -27,7 +27,8 @@ from attn_trainers.evaluation.statistics import (
     summary_table,
 )
 from attn_trainers.sampling.models import load_tokenizer
-from attn_trainers.sampling.requests import SeededSampling, count_thinking_tokens
+from attn_trainers.sampling.requests import count_thinking_tokens
+from attn_trainers.sampling.transformers import SeededSampling
 from attn_trainers.tiny.byte_model import build_byte_model, build_byte_tokenizer
 
 

@@ -24,16 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...attention import decoder_of
 from ...rewards import math_accuracy_reward
-from ...sampling.problems import STEP_BY_STEP, prompt_token_ids, request_seed
-from ...sampling.requests import (
-    SampleRequest,
-    SamplingSettings,
-    load_model,
-    resolve_backend,
-    sample_with_transformers,
-    sample_with_vllm,
-    tokenizer_of,
-)
+from ...sampling.backends import BACKENDS, sample_completions
+from ...sampling.models import load_config, load_model, num_positions, tokenizer_of
+from ...sampling.problems import STEP_BY_STEP, parse_template_kwargs, prompt_token_ids, request_seed
+from ...sampling.requests import GenerationRequest, SamplingSettings, fit_positions
 from ..alignment import StepAlignment, reasoning_step_ranges
 from ..heads import KeyFocusHeads, save_heads
 from ..steps import STEP_MODES, Splitter
@@ -68,6 +62,9 @@ class DiscoveryArguments:
     )
     max_responses: int = field(default=500, metadata={"help": "Responses to label and score at most."})
     prompt_template: str = field(default=STEP_BY_STEP, metadata={"help": "User message with {problem}."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Of the generation."})
     max_new_tokens: int = field(default=16384, metadata={"help": "Tokens per completion at most."})
     backend: str = field(default="auto", metadata={"help": "'vllm', 'transformers' or 'auto'."})
@@ -79,11 +76,12 @@ class DiscoveryArguments:
     seed: int = field(default=0, metadata={"help": "Of the generation, the split and the bootstrap."})
 
     def __post_init__(self):
+        self.chat_template_kwargs = parse_template_kwargs(self.chat_template_kwargs)
         choices = {
             "selection": ("top_k", "greedy"),
             "average": ("macro", "micro"),
             "step_mode": STEP_MODES,
-            "backend": ("auto", "vllm", "transformers"),
+            "backend": BACKENDS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -208,6 +206,11 @@ def find_candidates(args: DiscoveryArguments, tokenizer: PreTrainedTokenizerBase
     return usable
 
 
+def prompt_ids_of(args: DiscoveryArguments, tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
+    """Tokens of a problem's prompt."""
+    return prompt_token_ids(tokenizer, problem, args.prompt_template, args.chat_template_kwargs)
+
+
 def _align(args: DiscoveryArguments, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> StepAlignment:
     return reasoning_step_ranges(tokenizer, ids, splitter=args.splitter, end_of_thinking=args.end_of_thinking)
 
@@ -238,24 +241,28 @@ def _generated_candidates(
     path = output / "completions.jsonl"
     done = read_jsonl(path, repair=True)
     seen = {(record["index"], record["sample"]) for record in done}
-    requests = [
-        SampleRequest(
-            index,
-            sample,
-            prompt_token_ids(tokenizer, record["problem"], args.prompt_template),
-            request_seed(args.seed, "probing", index, sample),
-        )
-        for index, record in enumerate(records)
+    missing = [
+        (index, sample)
+        for index in range(len(records))
         for sample in range(args.num_samples)
         if (index, sample) not in seen
     ]
-    settings = SamplingSettings(
-        temperature=args.temperature, max_new_tokens=args.max_new_tokens, dtype=args.dtype, batch_size=args.batch_size
-    )
-    sampler = sample_with_vllm if resolve_backend(args.backend) == "vllm" else sample_with_transformers
+    prompts = {index: prompt_ids_of(args, tokenizer, records[index]["problem"]) for index, _ in missing}
+    requests = [
+        GenerationRequest(prompts[index], args.max_new_tokens, request_seed(args.seed, "probing", index, sample))
+        for index, sample in missing
+    ]
+    requests, num_cut = fit_positions(requests, num_positions(load_config(args.model)))
+    if num_cut:
+        print(
+            f"{num_cut} of {len(requests)} completions are limited by the model's positions to fewer than "
+            f"max_new_tokens={args.max_new_tokens}."
+        )
+    settings = SamplingSettings(temperature=args.temperature, dtype=args.dtype, batch_size=args.batch_size)
     progress = tqdm(total=len(requests) + len(done), initial=len(done), desc="Completions", unit="response")
-    for request, ids in sampler(args.model, settings, tokenizer, requests) if requests else ():
-        record = {"index": request.problem, "sample": request.sample, "completion_ids": ids}
+    for position, drawn in sample_completions(args.backend, args.model, settings, tokenizer, requests):
+        index, sample = missing[position]
+        record = {"index": index, "sample": sample, "completion_ids": drawn.token_ids}
         append_jsonl(path, record)
         done.append(record)
         progress.update()
@@ -297,7 +304,7 @@ def label_candidates(
     for candidate in tqdm(candidates[len(labelled) :], desc="Labels", unit="response"):
         labels = candidate.labels
         if labels is None:
-            prompt_ids = prompt_token_ids(tokenizer, candidate.problem, args.prompt_template)
+            prompt_ids = prompt_ids_of(args, tokenizer, candidate.problem)
             labels = label_steps(model, prompt_ids, candidate, args.batch_size)
         record = LabelledCompletion(
             problem=candidate.problem,
@@ -329,7 +336,7 @@ def score_responses(
             continue
         path = output / "scores" / f"{index:05d}.pt"
         if not path.exists():
-            prompt_ids = prompt_token_ids(tokenizer, response.problem, args.prompt_template)
+            prompt_ids = prompt_ids_of(args, tokenizer, response.problem)
             answer_start = _align(args, tokenizer, response.completion_ids).answer_start
             scores = score_all_heads(model, prompt_ids, response, answer_start)
             partial_path = path.with_suffix(".partial")
