@@ -7,9 +7,10 @@ Any field can be set on the command line or in a YAML file (`--config FILE`). On
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/attnrl_1p5b.py \\
         --use_peft --lora_r 32 --lora_alpha 64 --learning_rate 1e-5 --generation_batch_size 240
 
-A run that was cut off goes on from its last checkpoint when it is launched again. `--push_to_hub` publishes the
-result. A generation batch holds 64 prompts x 30 leaves = 1920 rows, trained on in 10 updates of 192 rows
-(`per_device_train_batch_size` x GPUs x `gradient_accumulation_steps`).
+`--credit rhythm --scheme coupled` trains on the trees with Rhythm's factors, `--credit attnpo` with AttnPO's; each
+setting of the credit is an option too. A run that was cut off goes on from its last checkpoint when it is launched
+again. `--push_to_hub` publishes the result. A generation batch holds 64 prompts x 30 leaves = 1920 rows, trained on in
+10 updates of 192 rows (`per_device_train_batch_size` x GPUs x `gradient_accumulation_steps`).
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from trl import ModelConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse, train
+from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse_with_credit, train
 from attn_trainers.rewards import math_accuracy_reward
 
 
@@ -51,4 +52,4 @@ class Model(ModelConfig):
 
 
 if __name__ == "__main__":
-    train(AttnRLTrainer, math_accuracy_reward, *parse(MathScriptArguments, Recipe, Model))
+    train(AttnRLTrainer, math_accuracy_reward, *parse_with_credit(MathScriptArguments, Recipe, Model))

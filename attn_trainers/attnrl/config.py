@@ -45,8 +45,6 @@ class AttnRLConfig(MethodConfig):
             the paper's text, which has no such rule.
         influence_delta (`int`, *optional*, defaults to `4`):
             Influence of a step counts the attention from steps at least this much later (Δ).
-        end_of_thinking (`str`, *optional*, defaults to `"</think>"`):
-            Text that ends the thinking part.
 
         > Parameters that control adaptive sampling
 
@@ -94,7 +92,6 @@ class AttnRLConfig(MethodConfig):
     influence_delta: int = field(
         default=4, metadata={"help": "Influence counts the attention from steps at least this much later (Δ)."}
     )
-    end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
     filter_easy_prompts: bool = field(
         default=True, metadata={"help": "Leave out solved prompts of below-average influence before branching."}
     )
@@ -176,15 +173,10 @@ class AttnRLConfig(MethodConfig):
                 "answer are branched like those of the thinking."
             )
         delimiters = StepDelimiters.from_tokenizer(tokenizer, None)
+        report.add("blank-line tokens", f"{len(delimiters.paragraph)} (with a newline: {len(delimiters.newline)})")
         if not delimiters.paragraph:
-            report.warnings.append(
-                "no token holds a blank line: steps end at "
-                + (
-                    "single newlines."
-                    if delimiters.newline
-                    else "every token. Branching needs a tokenizer with newlines."
-                )
-            )
+            steps = "single newlines" if delimiters.newline else "every token; branching needs newlines"
+            report.warnings.append(f"no token holds a blank line: steps end at {steps}.")
 
     def _check_fields(self) -> None:
         check_choices(

@@ -1,7 +1,7 @@
 """What the settings of all methods share: how values are checked, and what goes with advantages per token."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
@@ -16,10 +16,22 @@ PER_TOKEN_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
 
 @dataclass
 class MethodConfig(GRPOConfig):
-    """Base of the methods' settings: [`~trl.GRPOConfig`] with the checks that all of them need."""
+    """
+    Base of the methods' settings: [`~trl.GRPOConfig`] with the checks that all of them need.
+
+    Parameters:
+        end_of_thinking (`str`, *optional*, defaults to `"</think>"`):
+            Text that ends the thinking part.
+    """
+
+    end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.end_of_thinking:
+            raise ValueError(
+                f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
+            )
         check_save_interval(self)
 
     def check_per_token_advantages(self, otherwise: str = "") -> None:

@@ -6,7 +6,7 @@ fix; what may be meant so is a warning in the report.
 
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -16,14 +16,11 @@ from peft import get_peft_model
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
-from ..attention.heads import middle_layers
-from ..attnpo.config import AttnPOConfig
-from ..attnpo.heads import resolve_heads
-from ..attnrl.config import AttnRLConfig
-from ..attnrl.steps import StepDelimiters
 from ..base.checkpoints import steps_between_generations
+from ..base.config import MethodConfig
+from ..base.credit import CreditMethod
+from ..base.report import Report
 from ..rewards import unverifiable_answers
-from ..rhythm.config import RhythmConfig
 from ..sampling.problems import prompt_for, render_prompt
 from .memory import (
     DEVICE_OVERHEAD,
@@ -35,30 +32,6 @@ from .memory import (
     empty_model,
     estimate_memory,
 )
-
-
-@dataclass
-class Report:
-    """Lines of the preflight's report.
-
-    Attributes:
-        rows: (name, value) pairs; a pair with an empty value is a heading.
-        warnings: what may not be meant so.
-    """
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def add(self, name: str, value: object) -> None:
-        self.rows.append((name, str(value)))
-
-    def heading(self, name: str) -> None:
-        self.rows.append((name, ""))
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, value in self.rows if value)
-        lines = [f"  {name.ljust(width)}  {value}" if value else name for name, value in self.rows]
-        return "\n".join(["Preflight", *lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
 
 def load_model_config(name: str | None, revision: str | None = None) -> PretrainedConfig:
@@ -119,11 +92,6 @@ def check_batch(args: GRPOConfig, num_problems: int, report: Report) -> None:
             f"generation_batch_size={args.generation_batch_size} takes {prompts} prompts, but the data set has "
             f"{num_problems}; lower generation_batch_size to at most {num_problems * args.num_generations}, or add "
             "problems."
-        )
-    if isinstance(args, AttnRLConfig) and prompts < ranks:
-        report.warnings.append(
-            f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; raise "
-            f"generation_batch_size to {ranks * args.num_generations} or more."
         )
 
 
@@ -332,13 +300,13 @@ def thinking_behaviour(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs:
     return f"leaves <think> to the model (prompts end in {tail[-20:]!r})"
 
 
-def check_vocabulary(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
-    """Chat template, blank-line tokens and the end of thinking.
+def check_vocabulary(args: MethodConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+    """Chat template and the end of thinking.
 
     Raises:
         ValueError: if the end of thinking is unknown to the vocabulary.
     """
-    end = args.end_of_thinking if isinstance(args, AttnRLConfig | AttnPOConfig) else "</think>"
+    end = args.end_of_thinking
     report.heading("Tokenizer")
     report.add("chat template", thinking_behaviour(tokenizer, args.chat_template_kwargs))
     ids = tokenizer.encode(end, add_special_tokens=False)
@@ -347,39 +315,19 @@ def check_vocabulary(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, repor
             f"end_of_thinking={end!r} is not in the vocabulary of the tokenizer; set it to the text that ends "
             "thinking for this model, or take a model that has it."
         )
-    delimiters = StepDelimiters.from_tokenizer(tokenizer, None)
-    report.add("blank-line tokens", f"{len(delimiters.paragraph)} (with a newline: {len(delimiters.newline)})")
     report.add(repr(end), "one token" if len(ids) == 1 else f"{len(ids)} tokens")
-    if not isinstance(args, AttnRLConfig):
-        return
-    if len(ids) > 1:
-        report.warnings.append(
-            f"end_of_thinking={end!r} is {len(ids)} tokens to this tokenizer: steps of the answer are branched like "
-            "those of the thinking."
-        )
-    if not delimiters.paragraph:
-        report.warnings.append(
-            "no token holds a blank line: steps end at "
-            + ("single newlines." if delimiters.newline else "every token. Branching needs a tokenizer with newlines.")
-        )
 
 
-def check_heads(args: GRPOConfig, model_name: str, config: PretrainedConfig, report: Report) -> None:
-    """Heads and layers that a method reads, within the model.
+def check_heads(args: GRPOConfig, config: PretrainedConfig, report: Report) -> None:
+    """Layers and heads of the model.
 
     Raises:
-        ValueError: for heads outside the model, or that vLLM cannot split over its ranks.
+        ValueError: for heads that vLLM cannot split over its ranks.
     """
     text = config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     report.heading("Heads")
     report.add("layers x heads", f"{layers} x {heads}")
-    if isinstance(args, AttnPOConfig) and args.scales_credit:
-        found = resolve_heads(args.heads, model_name, layers, heads)
-        report.add("key-focus heads [layer, head]", ", ".join(str(list(head)) for head in found))
-    if isinstance(args, RhythmConfig):
-        used = middle_layers(layers) if args.head_pool == "middle" else range(layers)
-        report.add("layers read", ", ".join(map(str, used)))
     ranks = args.vllm_tensor_parallel_size
     if args.use_vllm and (heads % ranks or args.world_size % ranks):
         raise ValueError(
@@ -389,13 +337,14 @@ def check_heads(args: GRPOConfig, model_name: str, config: PretrainedConfig, rep
 
 
 def preflight(
-    args: GRPOConfig,
+    args: MethodConfig,
     model_args: ModelConfig,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     num_long: int,
     max_prompt_length: int,
+    credit: CreditMethod | None = None,
 ) -> Report:
     """Check a run and say what it will take.
 
@@ -406,6 +355,7 @@ def preflight(
         dataset: with the columns `prompt` and `answer`, over-long prompts left out.
         num_long: how many those were.
         max_prompt_length: tokens of a prompt at most.
+        credit: credit method beside the trainer's own.
 
     Raises:
         ValueError: for the first thing that cannot work, naming field, value and fix.
@@ -418,12 +368,16 @@ def preflight(
     report = Report()
     name = model_args.model_name_or_path
     report.heading(f"Model {name}")
-    check_heads(args, name, config, report)
+    check_heads(args, config, report)
     check_batch(args, len(dataset), report)
     check_lengths(args, max_prompt_length, config, report)
     setup = training_setup(args, model_args, config, max_prompt_length + args.max_completion_length)
     check_memory(args, setup, config, Device.of(args), report)
     check_disk(args, setup, config, report)
     check_vocabulary(args, tokenizer, report)
+    report.heading("Method")
+    args.preflight(config, tokenizer, report)
+    if credit is not None:
+        credit.preflight(config, tokenizer, report)
     check_data(dataset, num_long, report)
     return report

@@ -19,10 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..base.card import CardNotes, publish
+from ..base.config import MethodConfig
+from ..base.credit import CreditMethod
 from ..base.interruption import last_whole_checkpoint
 from ..sampling.models import load_tokenizer, refuse_adapter
 from ..sampling.problems import STEP_BY_STEP, load_problems, parse_template_kwargs, with_prompts
 from ..tiny.byte_model import build_byte_model
+from .credits import build_credit, chosen_credit, credit_arguments
 from .preflight import load_model_config, preflight
 
 
@@ -71,6 +74,15 @@ def parse(script_class: type, config_class: type, model_class: type = ModelConfi
         return TrlParser((script_class, config_class, model_class)).parse_args_and_config()
 
 
+def parse_with_credit(script_class: type, config_class: type, model_class: type = ModelConfig) -> tuple:
+    """As `parse`, with `--credit NAME` and that credit method's settings; the fourth value is the method or `None`."""
+    credit_class = credit_arguments(chosen_credit(), config_class)
+    with refusal_in_a_line():
+        classes = (script_class, config_class, model_class, credit_class)
+        script_args, training_args, model_args, credit_args = TrlParser(classes).parse_args_and_config()
+        return script_args, training_args, model_args, build_credit(credit_args, training_args)
+
+
 @contextmanager
 def refusal_in_a_line() -> Iterator[None]:
     """End the process with one line, printed by the first rank, where settings are refused with a ValueError."""
@@ -93,7 +105,10 @@ def set_model_init_kwargs(training_args: GRPOConfig, model_args: ModelConfig) ->
 
 
 def check_run(
-    script_args: MathScriptArguments, training_args: GRPOConfig, model_args: ModelConfig
+    script_args: MathScriptArguments,
+    training_args: MethodConfig,
+    model_args: ModelConfig,
+    credit: CreditMethod | None = None,
 ) -> tuple[PreTrainedTokenizerBase, Dataset, dict[str, Dataset] | None]:
     """Tokenizer, training problems and evaluation problems by name, after all checks; prints the preflight's report.
 
@@ -126,7 +141,9 @@ def check_run(
     refused = [None]
     if state.is_main_process:
         try:
-            print(preflight(training_args, model_args, config, tokenizer, dataset, num_long, max_prompt_length))
+            print(
+                preflight(training_args, model_args, config, tokenizer, dataset, num_long, max_prompt_length, credit)
+            )
         except ValueError as error:
             refused = [str(error)]
     broadcast_object_list(refused)
@@ -139,8 +156,9 @@ def train(
     trainer_class: type[GRPOTrainer],
     reward_funcs: Callable | Sequence[Callable],
     script_args: MathScriptArguments,
-    training_args: GRPOConfig,
+    training_args: MethodConfig,
     model_args: ModelConfig,
+    credit: CreditMethod | None = None,
 ) -> GRPOTrainer | None:
     """Train as the recipe says: check, load, resume if there is something to resume, train, save, publish.
 
@@ -156,9 +174,10 @@ def train(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with refusal_in_a_line():
-        tokenizer, dataset, eval_dataset = check_run(script_args, training_args, model_args)
+        tokenizer, dataset, eval_dataset = check_run(script_args, training_args, model_args, credit)
     if script_args.preflight:
         return None
+    more = {} if credit is None else {"credit": credit}
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
@@ -168,6 +187,7 @@ def train(
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
+        **more,
     )
     trainer.card_notes = CardNotes(dataset=script_args.dataset)
     checkpoint = training_args.resume_from_checkpoint or last_whole_checkpoint(training_args.output_dir)
