@@ -1,7 +1,7 @@
 # make setup   environment in .venv (the CPU stack where there is no CUDA device, else vllm and deepspeed)
 # make run     the main job: AttnRL trains a small reasoning model on this machine
 # make test    the test suite
-# make lint    ruff
+# make lint    ruff, and the floors of the house
 # make bench   the benchmarks that the README quotes
 
 PYTHON ?= python3
@@ -43,6 +43,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 bench: setup
 	$(BIN)/python benchmarks/attention_scoring.py --heads 3 --rhythm

@@ -1,14 +1,24 @@
-"""Signatures of the TRL hooks that the trainers override or call; a change in TRL must be looked at, not slipped
-past."""
+"""Every private name of TRL and transformers that the package overrides, calls or reads, with what it must be.
 
+A change there must be looked at, not slipped past.
+"""
+
+import ast
 import inspect
+from collections import defaultdict, deque
 
 import pytest
+import torch
 import trl
-from trl import GRPOTrainer
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from tests.helpers import ROOT
 
+
+# Methods that are overridden or called, with their parameters.
 HOOKS = {
     "_prepare_inputs": ["self", "generation_batch"],
     "_generate_and_score_completions": ["self", "inputs"],
@@ -25,10 +35,28 @@ HOOKS = {
     "_compute_loss": ["self", "model", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_get_output_dir": ["self", "trial"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "evaluate": ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     "log": ["self", "logs", "start_time"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }
+# Attributes of a trainer that are read or set.
+ATTRIBUTES = {
+    "_tokenizer",
+    "_metrics",
+    "_logs",
+    "_pending_metrics",
+    "_pending_extra_logs",
+    "_buffered_inputs",
+    "_step",
+    "_dist",
+    "_last_loaded_step",
+    "_name",
+}
+OTHER = {"_get_per_token_logps_and_entropies", "_run_epoch"}
+# Modules that hold trainers or parts of them.
+TRAINERS = ["base/*.py", "attnrl/trainer.py", "attnrl/collection.py", "attnpo/trainer.py", "rhythm/trainer.py"]
 
 
 def test_the_version_is_the_one_that_was_read():
@@ -54,6 +82,85 @@ def test_signature_of_the_log_prob_forward():
     ]
 
 
+def test_the_log_prob_forward_runs_under_the_runs_autocast():
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert "with self.accelerator.autocast():" in source
+
+
+def test_an_epoch_is_run_by_a_method_that_takes_keywords():
+    assert all(p.kind is not p.POSITIONAL_ONLY for p in inspect.signature(Trainer._run_epoch).parameters.values())
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, tiny_model_dir, tiny_tokenizer) -> GRPOTrainer:
+    args = GRPOConfig(
+        str(tmp_path_factory.mktemp("hooks")), report_to="none", use_cpu=True, bf16=False, num_generations=2
+    )
+    data = Dataset.from_list([{"prompt": "1"}])
+    return GRPOTrainer(
+        str(tiny_model_dir), lambda **_: [0.0], args, train_dataset=data, processing_class=tiny_tokenizer
+    )
+
+
+def test_attributes_of_a_trainer_are_what_they_are_taken_for(trainer):
+    assert isinstance(trainer._tokenizer, PreTrainedTokenizerBase)
+    assert set(trainer._metrics) == {"train", "eval"}
+    assert all(
+        isinstance(values, defaultdict) and values.default_factory is list for values in trainer._metrics.values()
+    )
+    assert {"prompt", "completion", "rewards", "advantages", "extra"} <= set(trainer._logs)
+    assert isinstance(trainer._logs["prompt"], deque) and isinstance(trainer._logs["advantages"], deque)
+    assert isinstance(trainer._logs["rewards"]["any"], deque) and isinstance(trainer._logs["extra"]["any"], deque)
+    for pending in (trainer._pending_metrics, trainer._pending_extra_logs):
+        assert isinstance(pending, defaultdict) and pending.default_factory is list
+    assert trainer._buffered_inputs is None and trainer._step == 0
+    assert list(inspect.signature(trainer._dist.summon_full_params).parameters) == ["module", "kwargs"]
+    assert trainer._name == "GRPO"
+    assert (trainer.reward_func_names, trainer.reward_weights.tolist()) == (["<lambda>"], [1.0])
+    assert isinstance(trainer.eos_token_ids, list | set | tuple) and trainer.eos_token_ids
+    assert isinstance(trainer.current_gradient_accumulation_steps, int)
+    assert trainer.ref_model is None and isinstance(trainer.model, torch.nn.Module)
+
+
+def test_weights_are_pushed_again_when_the_step_has_moved_on():
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "if self.state.global_step != self._last_loaded_step" in source
+
+
+def test_every_private_name_of_the_parents_is_known():
+    """Names with one underscore that trainers use and the package does not define are listed above."""
+    used, defined = set(), set()
+    for pattern in TRAINERS:
+        for path in (ROOT / "attn_trainers").glob(pattern):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    defined |= {node.name} if not _calls_super(node) else set()
+                if isinstance(node, ast.Attribute) and _is_self(node.value):
+                    (defined if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+                if isinstance(node, ast.Assign | ast.AnnAssign):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+                if isinstance(node, ast.FunctionDef) and _calls_super(node):
+                    used.add(node.name)
+    private = {name for name in used - defined if name.startswith("_") and not name.startswith("__")}
+    assert {"_metrics", "_compute_loss", "_pending_extra_logs"} <= private
+    assert private <= HOOKS.keys() | ATTRIBUTES | OTHER, private - HOOKS.keys() - ATTRIBUTES - OTHER
+
+
+def _is_self(node: ast.expr) -> bool:
+    is_super = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+    return is_super or (isinstance(node, ast.Name) and node.id in ("self", "trainer"))
+
+
+def _calls_super(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    return any(
+        isinstance(one, ast.Attribute) and one.attr == node.name and isinstance(one.value, ast.Call)
+        for one in ast.walk(node)
+    )
+
+
 def test_evaluation_metrics_have_one_prefix_whatever_the_data_set():
     assert 'metrics = {f"eval_{key}": val for key, val in metrics.items()}' in inspect.getsource(GRPOTrainer.log)
 
@@ -70,6 +177,10 @@ def test_signature_of_the_weight_sync(name):
     assert list(inspect.signature(getattr(VLLMGeneration, name)).parameters) == ["self"]
 
 
+def test_a_sleeping_engine_says_that_its_weights_are_gone():
+    assert "self._llm_weights_sleeping = " in inspect.getsource(VLLMGeneration)
+
+
 def test_old_log_probs_are_made_under_the_condition_that_the_credit_trainers_repeat():
     source = " ".join(inspect.getsource(GRPOTrainer._generate_and_score_completions).split())
     condition = (
@@ -78,3 +189,9 @@ def test_old_log_probs_are_made_under_the_condition_that_the_credit_trainers_rep
         "self._get_per_token_logps_and_entropies( self.model,"
     )
     assert condition in source
+
+
+def test_the_first_forward_of_a_generation_batch_over_the_policy_is_the_one_for_old_log_probs():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.index("old_per_token_logps, _, _ = self._get_per_token") < source.index("if self.beta != 0.0:")
+    assert source.index("self._get_per_token") < source.index("self._calculate_rewards(")

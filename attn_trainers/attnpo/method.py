@@ -145,13 +145,7 @@ class AttnPOCredit(CreditMethod):
             responses.append(ScoredResponse(prompt_ids, completion_ids, alignment, phrases=phrases))
         return responses
 
-    def factors(
-        self,
-        passes: Sequence[SignalPass],
-        advantages: Sequence[Tensor],
-        facts: Sequence[RowFacts],
-        context: CreditContext,
-    ) -> BatchCredit:
+    def factors(self, passes, advantages, facts, context: CreditContext) -> BatchCredit:
         if self.schedule_steps is None:
             self.schedule_steps = self.options.schedule_fraction * context.max_steps
         progress = (context.step + 1) / self.schedule_steps if self.schedule_steps else math.inf

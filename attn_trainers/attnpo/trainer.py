@@ -1,7 +1,6 @@
 """AttnPO as a TRL trainer: length-penalised rewards, leave-one-out advantages, and step scales under TRL's loss."""
 
-import textwrap
-
+from ..base.card import paper
 from ..base.credit_trainer import CreditTrainer
 from .config import AttnPOConfig
 from .method import AttnPOCredit
@@ -31,19 +30,14 @@ class AttnPOTrainer(CreditTrainer):
 
     _tag_names = ["trl", "attnpo"]
     _name = "AttnPO"
-    _paper = {
-        "title": "AttnPO: Attention-Guided Process Supervision for Efficient Reasoning",
-        "id": "2602.09953",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{nie2026attnpo,
-                title        = {{AttnPO: Attention-Guided Process Supervision for Efficient Reasoning}},
-                author       = {Shuaiyi Nie and Siyu Ding and Wenyuan Zhang and Linhao Yu and Tianmeng Yang and
-                                Yao Chen and Weichong Yin and Yu Sun and Hua Wu and Tingwen Liu},
-                year         = 2026,
-                eprint       = {arXiv:2602.09953},
-            }"""),
-    }
+    _paper = paper(
+        "AttnPO: Attention-Guided Process Supervision for Efficient Reasoning",
+        "2602.09953",
+        "nie2026attnpo",
+        2026,
+        "Shuaiyi Nie and Siyu Ding and Wenyuan Zhang and Linhao Yu and Tianmeng Yang and Yao Chen and "
+        "Weichong Yin and Yu Sun and Hua Wu and Tingwen Liu",
+    )
     config_class = AttnPOConfig
     metric_prefix = "attnpo"
 

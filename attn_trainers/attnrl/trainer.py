@@ -1,7 +1,6 @@
 """AttnRL as a TRL trainer: the one-step off-policy pipeline around the pure parts of this package."""
 
 import random
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor
 
+from ..base.card import paper
 from ..base.credit import (
     BatchCredit,
     CompletionBatch,
@@ -67,21 +67,15 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
 
     _tag_names = ["trl", "attnrl"]
     _name = "AttnRL"
-    _paper = {
-        "title": "Attention as a Compass: Efficient Exploration for Process-Supervised RL in Reasoning Models",
-        "id": "2509.26628",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{liu2025attention,
-                title        = {{Attention as a Compass: Efficient Exploration for Process-Supervised RL in
-                                 Reasoning Models}},
-                author       = {Runze Liu and Jiakang Wang and Yuling Shi and Zhihui Xie and Chenxin An and
-                                Kaiyan Zhang and Jian Zhao and Xiaodong Gu and Lei Lin and Wenping Hu and Xiu Li
-                                and Fuzheng Zhang and Guorui Zhou and Kun Gai},
-                year         = 2025,
-                eprint       = {arXiv:2509.26628},
-            }"""),
-    }
+    _paper = paper(
+        "Attention as a Compass: Efficient Exploration for Process-Supervised RL in Reasoning Models",
+        "2509.26628",
+        "liu2025attention",
+        2025,
+        "Runze Liu and Jiakang Wang and Yuling Shi and Zhihui Xie and Chenxin An and Kaiyan Zhang and Jian "
+        "Zhao and Xiaodong Gu and Lei Lin and Wenping Hu and Xiu Li and Fuzheng Zhang and Guorui Zhou and Kun "
+        "Gai",
+    )
 
     config_class = AttnRLConfig
     metric_prefix = "attnrl"

@@ -121,6 +121,21 @@ def is_hub_dataset(dataset: str) -> bool:
     return _HUB_ID.fullmatch(dataset) is not None and not is_file
 
 
+def paper(title: str, arxiv_id: str, key: str, year: int, authors: str) -> dict[str, str]:
+    """A trainer's `_paper`, from which TRL writes the citation of the card.
+
+    Args:
+        title: of the paper.
+        arxiv_id: its number on arXiv.
+        key: of the BibTeX entry.
+        year: of publication.
+        authors: joined by " and ".
+    """
+    entry = {"title": f"{{{{{title}}}}}", "author": f"{{{authors}}}", "year": year, "eprint": f"{{arXiv:{arxiv_id}}}"}
+    lines = [f"    {name.ljust(12)} = {value}," for name, value in entry.items()]
+    return {"title": title, "id": arxiv_id, "citation": "\n".join([f"@article{{{key},", *lines, "}"])}
+
+
 def method_settings(config: GRPOConfig) -> dict[str, object]:
     """The fields of a method's config that `GRPOConfig` does not have, with their values."""
     common = {f.name for f in fields(GRPOConfig)}

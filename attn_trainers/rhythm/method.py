@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..attention import RhythmProfile, combine_heads, decoder_of
 from ..attention.heads import HeadSets, middle_layers
-from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, RowFacts, SignalPass
+from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, SignalPass
 from ..base.ranks import Ranks
 from ..base.report import Report
 from . import metrics
@@ -134,13 +134,7 @@ class RhythmCredit(CreditMethod):
 
     # ---- credit -----------------------------------------------------------------------------------------------------
 
-    def factors(
-        self,
-        passes: Sequence[SignalPass],
-        advantages: Sequence[Tensor],
-        facts: Sequence[RowFacts],
-        context: CreditContext,
-    ) -> BatchCredit:
+    def factors(self, passes, advantages, facts, context: CreditContext) -> BatchCredit:
         options, credit = self.options, BatchCredit(details=RhythmDetails())
         if options.scheme == "none" and options.rhythm_lambda == 0:
             return credit

@@ -1,7 +1,6 @@
 """Rhythm as a TRL trainer: preplan-and-anchor credit factors and the rhythm reward on top of GRPO."""
 
-import textwrap
-
+from ..base.card import paper
 from ..base.credit_trainer import CreditTrainer
 from .config import RhythmConfig
 from .method import RhythmCredit
@@ -29,21 +28,14 @@ class RhythmTrainer(CreditTrainer):
 
     _tag_names = ["trl", "rhythm"]
     _name = "Rhythm"
-    _paper = {
-        "title": "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy "
-        "Optimization",
-        "id": "2510.13554",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{li2025attention,
-                title        = {{Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables
-                                 Fine-Grained Policy Optimization}},
-                author       = {Yang Li and Zhichen Dong and Yuhan Sun and Weixun Wang and Shaopan Xiong and Yijia Luo
-                                and Jiashun Liu and Han Lu and Jiamang Wang and Wenbo Su and Bo Zheng and Junchi Yan},
-                year         = 2025,
-                eprint       = {arXiv:2510.13554},
-            }"""),
-    }
+    _paper = paper(
+        "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy Optimization",
+        "2510.13554",
+        "li2025attention",
+        2025,
+        "Yang Li and Zhichen Dong and Yuhan Sun and Weixun Wang and Shaopan Xiong and Yijia Luo and Jiashun "
+        "Liu and Han Lu and Jiamang Wang and Wenbo Su and Bo Zheng and Junchi Yan",
+    )
     config_class = RhythmConfig
     metric_prefix = "rhythm"
 

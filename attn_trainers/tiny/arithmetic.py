@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from .byte_model import small_config
 
 
 logger = logging.getLogger(__name__)
@@ -132,19 +134,15 @@ def build_model(
     The embeddings of numbers start as Fourier features of their values, so that near and congruent numbers are alike
     and the facts of addition need not be learnt one by one.
     """
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 32,
+    config = small_config(
+        tokenizer,
+        hidden_size,
+        num_layers,
         num_key_value_heads=max(1, hidden_size // 64),
+        intermediate_size=3 * hidden_size,
         max_position_embeddings=512,
         initializer_range=0.06,
         tie_word_embeddings=tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
     first = tokenizer.convert_tokens_to_ids("0")

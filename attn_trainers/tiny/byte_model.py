@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
 _BYTE_CHAT_TEMPLATE = (
@@ -27,29 +27,36 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def small_config(tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_layers: int, **more) -> Qwen2Config:
+    """A Qwen2 with heads of 32, the smallest that vLLM's CPU attention takes.
+
+    Args:
+        tokenizer: gives the size of the vocabulary and the special tokens.
+        hidden_size: a multiple of 32.
+        num_layers: decoder layers.
+        more: further fields of the config.
+    """
+    return Qwen2Config(
+        **{"tie_word_embeddings": False} | more,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_byte_model(path: str | Path, seed: int = 0) -> Path:
     """Save an untrained Qwen2 of 2 layers with a byte-level tokenizer; the same seed gives the same weights.
-
-    Its heads have 32 dimensions, which vLLM's CPU attention takes.
 
     Returns:
         `path`, the folder it was saved in.
     """
     path = Path(path)
     tokenizer = build_byte_tokenizer()
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = small_config(tokenizer, 64, 2, num_key_value_heads=2, intermediate_size=128, max_position_embeddings=4096)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
