@@ -118,7 +118,6 @@ def test_attributes_of_a_trainer_are_what_they_are_taken_for(trainer):
     assert trainer._name == "GRPO"
     assert (trainer.reward_func_names, trainer.reward_weights.tolist()) == (["<lambda>"], [1.0])
     assert isinstance(trainer.eos_token_ids, list | set | tuple) and trainer.eos_token_ids
-    assert isinstance(trainer.current_gradient_accumulation_steps, int)
     assert trainer.ref_model is None and isinstance(trainer.model, torch.nn.Module)
 
 

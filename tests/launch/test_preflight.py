@@ -210,7 +210,9 @@ def test_end_of_thinking_must_be_in_the_vocabulary(byte_model, tmp_path):
 
     tokenizer = build_tokenizer()
     report = Report()
-    check_vocabulary(AttnRLConfig(str(tmp_path), **ATTNRL), tokenizer, report)
+    args = AttnRLConfig(str(tmp_path), **ATTNRL)
+    check_vocabulary(args, tokenizer, report)
+    args.preflight(load_model_config(str(byte_model)), tokenizer, report)
     assert dict(report.rows)["blank-line tokens"] == "1 (with a newline: 2)" and report.warnings == []
     with pytest.raises(ValueError, match="end_of_thinking='<stop>' is not in the vocabulary"):
         check_vocabulary(AttnRLConfig(str(tmp_path), end_of_thinking="<stop>", **ATTNRL), tokenizer, Report())
