@@ -30,9 +30,9 @@ from ..attention import (
     rank_heads,
 )
 from ..attention.rhythm import peaks
-from ..attnpo.alignment import reasoning_step_ranges
+from ..attnpo.alignment import StepAlignment, reasoning_step_ranges
 from ..attnpo.steps import Splitter, Step
-from ..attnrl.steps import StepDelimiters, segment_steps
+from ..attnrl.steps import StepDelimiters, StepSegmentation, segment_steps
 from ..rhythm.credit import CreditOptions, credit_sets
 from .analysis import (
     Coupling,
@@ -47,6 +47,14 @@ from .analysis import (
 # paper's analysis counts a token's attention to itself (0); its training does not count the next tokens either (10).
 ANALYSIS_DISTANCES = (0, 10)
 STATISTICS = ("entropy", "receiver_global", "fai_after_waad")
+HEAD_POOLS = ("all", "middle")
+# Why a response has no key-focus scores, by the reason that the alignment of its steps gives.
+NO_THINKING_STEPS = {
+    "no_end_of_thinking": "the response has no </think>: its model writes none, or it was cut off while thinking",
+    "several_end_of_thinking": "the response has more than one </think>",
+    "no_answer": "nothing follows </think>",
+    "too_few_steps": "the thinking is less than two steps",
+}
 _ENTROPY_ROWS = 256
 
 
@@ -77,8 +85,8 @@ class InspectionSettings:
     splitter: Callable[[str], list[Step]] = Splitter()
 
     def __post_init__(self):
-        if self.head_pool not in ("all", "middle"):
-            raise ValueError(f"head_pool={self.head_pool!r} is unknown; set it to 'all' or 'middle'.")
+        if self.head_pool not in HEAD_POOLS:
+            raise ValueError(f"head_pool={self.head_pool!r} is unknown; set it to one of {', '.join(HEAD_POOLS)}.")
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,10 @@ class InspectedResponse:
     global_heads: list[Head]
     correct: bool | None = None
     profiles: dict[int, RhythmProfile] = field(default_factory=dict)
+
+    def analysis_fai(self, distance: int) -> Tensor:
+        """FAI (n,) from one of the least distances of the analysis up to the end of the response."""
+        return combine_heads(self.profiles[distance], self.local_heads, self.global_heads).fai
 
 
 @dataclass(frozen=True)
@@ -243,10 +255,7 @@ def inspect_response(
         anchors=sets.anchors,
         waad_peaks=peaks(waad, settings.peak_fraction),
         fai_peaks=peaks(fai, settings.peak_fraction),
-        influence=StepScores(
-            [(start - prompt, end - prompt) for start, end in segmentation.ranges[1:]],
-            influence.result()[0][1:].tolist(),
-        ),
+        influence=_influence(settings, segmentation, influence.result()[0][1:].tolist(), prompt),
         key_focus=_key_focus(settings, alignment, focus),
         local_heads=signals.local_heads,
         global_heads=signals.global_heads,
@@ -259,12 +268,28 @@ def _on_cpu(profile: RhythmProfile) -> RhythmProfile:
     return RhythmProfile(profile.heads, profile.span_sum.cpu(), profile.waad.cpu(), profile.fai.cpu())
 
 
-def _key_focus(settings: InspectionSettings, alignment, focus: KeyFocusObserver | None) -> StepScores:
+def _influence(
+    settings: InspectionSettings, segmentation: StepSegmentation, scores: list[float], prompt: int
+) -> StepScores:
+    ranges = [(start - prompt, end - prompt) for start, end in segmentation.ranges[1:]]
+    note = ""
+    if not any(scores):
+        note = (
+            f"no influence: a step counts from the second on, and with steps at least {settings.influence_delta} "
+            f"later; this response has {len(ranges)} (blank lines, else line breaks, end one)"
+        )
+    return StepScores(ranges, scores, note)
+
+
+def _key_focus(settings: InspectionSettings, alignment: StepAlignment, focus: KeyFocusObserver | None) -> StepScores:
     if focus is not None:
         return StepScores(list(alignment.step_ranges), focus.result()[0].tolist())
+    notes = []
     if not settings.key_focus_heads:
-        return StepScores(note="no key-focus heads are known for this model; find them and name them")
-    return StepScores(note=f"no thinking steps in this response ({alignment.reason})")
+        notes.append("no key-focus heads are known for this model (find them, then name them by key_focus_heads)")
+    if alignment.reason is not None:
+        notes.append(NO_THINKING_STEPS.get(alignment.reason, alignment.reason))
+    return StepScores(note="; ".join(notes))
 
 
 def response_couplings(
