@@ -100,6 +100,33 @@ def continue_greedily(
     return continued
 
 
+def continuations_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    completion_ids: list[int],
+    forced: Sequence[tuple[int, list[int]]],
+    settings: PerturbationSettings,
+    ends: Sequence[int],
+    cut_off: bool,
+) -> list[list[str]]:
+    """Texts behind each token that is forced at each position, special tokens left out.
+
+    Args:
+        forced: positions in the completion, each with its tokens.
+        cut_off: whether a continuation may be no longer than what the completion has left.
+    """
+    prefixes, limits = [], []
+    for position, tokens in forced:
+        left = len(completion_ids) - 1 - position
+        for token in tokens:
+            prefixes.append([*prompt_ids, *completion_ids[:position], token])
+            limits.append(min(settings.max_tokens, left) if cut_off else settings.max_tokens)
+    continued = continue_greedily(model, tokenizer, prefixes, limits, ends, settings.batch_size)
+    texts = iter(tokenizer.batch_decode(continued, skip_special_tokens=True))
+    return [[next(texts) for _ in tokens] for _, tokens in forced]
+
+
 def perturb_response(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -108,12 +135,14 @@ def perturb_response(
     fai: Tensor,
     settings: PerturbationSettings,
     ends: Sequence[int],
+    *,
+    cut_off: bool = False,
 ) -> PerturbedResponse:
     """Force other tokens at the positions of highest and lowest FAI and compare what follows.
 
     A position is eligible where a content word follows it. A token that ends the text is never forced: nothing would
-    follow. Where the response itself was cut off before its end, its continuations may be as long as its own suffix
-    and no longer, so that both have room for as many words.
+    follow. Where a token limit cut the response off, its continuations may be as long as its own suffix and no longer,
+    so that both have room for as many words.
 
     Args:
         model: transformers decoder.
@@ -122,11 +151,15 @@ def perturb_response(
         fai: (n,) of the completion, NaN where undefined.
         settings: how many of what.
         ends: tokens that end a text.
+        cut_off: whether a token limit ended the response.
     """
 
     def words_after(position: int) -> set[str]:
         suffix = completion_ids[position + 1 : position + 1 + settings.max_tokens]
         return content_words(tokenizer.decode(suffix, skip_special_tokens=True))
+
+    def text_of(token: int) -> str:
+        return tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
     count = len(completion_ids)
     last = next((p for p in range(count - 1, -1, -1) if words_after(p)), -1)
@@ -135,30 +168,17 @@ def perturb_response(
     if not positions:
         return PerturbedResponse(count, [])
     candidates = likeliest_others(model, prompt_ids, completion_ids, positions, settings.candidates, ends)
-    ended = completion_ids[-1] in ends
-    limits = [settings.max_tokens if ended else min(settings.max_tokens, count - 1 - p) for p in positions]
-    forced = [(p, token) for p, tokens in zip(positions, candidates, strict=True) for token in tokens]
-    continued = continue_greedily(
-        model,
-        tokenizer,
-        [[*prompt_ids, *completion_ids[:p], token] for p, token in forced],
-        [limit for limit in limits for _ in range(settings.candidates)],
-        ends,
-        settings.batch_size,
-    )
-    perturbations = []
-    for index, (position, tokens) in enumerate(zip(positions, candidates, strict=True)):
-        suffixes = continued[index * settings.candidates : (index + 1) * settings.candidates]
-        texts = tokenizer.batch_decode(suffixes, skip_special_tokens=True)
-        own = words_after(position)
-        perturbations.append(
-            Perturbation(
-                position=position,
-                top=index < len(top),
-                fai=fai[position].item(),
-                token=tokenizer.decode([completion_ids[position]], clean_up_tokenization_spaces=False),
-                forced=[tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens],
-                jaccards=[jaccard(own, content_words(text)) for text in texts],
-            )
+    forced = list(zip(positions, candidates, strict=True))
+    continued = continuations_of(model, tokenizer, prompt_ids, completion_ids, forced, settings, ends, cut_off)
+    perturbations = [
+        Perturbation(
+            position=position,
+            top=index < len(top),
+            fai=fai[position].item(),
+            token=text_of(completion_ids[position]),
+            forced=[text_of(token) for token in tokens],
+            jaccards=[jaccard(words_after(position), content_words(text)) for text in texts],
         )
+        for index, ((position, tokens), texts) in enumerate(zip(forced, continued, strict=True))
+    ]
     return PerturbedResponse(count, perturbations)

@@ -257,10 +257,11 @@ def _perturbation_table(perturbed: PerturbedResponse) -> str:
 def _response_section(index: int, response: InspectedResponse, perturbed: PerturbedResponse | None) -> str:
     verdict = {None: "", True: " · right", False: " · wrong"}[response.correct]
     count = len(response.tokens)
+    cut_off = " · cut off" if response.cut_off else ""
     facts = (
-        f"{count} tokens{verdict} · {int(response.preplan.sum())} preplan, {int(response.anchors.sum())} anchor "
-        f"tokens · {len(response.influence.ranges)} steps · {len(response.local_heads)} local and "
-        f"{len(response.global_heads)} global heads"
+        f"{count} tokens{cut_off}{verdict} · {int(response.preplan.sum())} preplan, "
+        f"{int(response.anchors.sum())} anchor tokens · {len(response.influence.ranges)} steps · "
+        f"{len(response.local_heads)} local and {len(response.global_heads)} global heads"
     )
     return (
         f'<section id="response-{index + 1}"><h2>Response {index + 1}</h2><pre>{escape(response.problem)}</pre>'
@@ -339,6 +340,8 @@ def plot_response(response: InspectedResponse, path: str | Path, title: str) -> 
         axis.set_ylabel(label, fontsize=9)
         if steps.note:
             axis.text(0.01, 0.5, steps.note, transform=axis.transAxes, fontsize=8, color="#57606a")
+            axis.set_yticks([])
+    axes[-1].tick_params(axis="x", labelsize=8)
     if count <= 150:
         axes[-1].set_xticks(range(count), [visible(t).strip() for t in response.tokens], rotation=90, fontsize=6)
     axes[-1].set_xlabel("response token", fontsize=9)
@@ -347,6 +350,7 @@ def plot_response(response: InspectedResponse, path: str | Path, title: str) -> 
         axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
+        axis.set_xlim(-1, count)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

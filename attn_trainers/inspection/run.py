@@ -118,12 +118,14 @@ class Response:
         problem: text of the problem.
         prompt_ids, completion_ids: tokens without padding.
         correct: whether the answer is right, where it is known.
+        cut_off: whether a token limit ended it.
     """
 
     problem: str
     prompt_ids: list[int]
     completion_ids: list[int]
     correct: bool | None
+    cut_off: bool
 
 
 def run_inspection(args: InspectionArguments) -> str:
@@ -156,6 +158,7 @@ def run_inspection(args: InspectionArguments) -> str:
             delimiters,
             problem=response.problem,
             correct=response.correct,
+            cut_off=response.cut_off,
         )
         for response in tqdm(responses, desc="Inspected", unit="response")
     ]
@@ -223,13 +226,18 @@ def read_responses(args: InspectionArguments, tokenizer: PreTrainedTokenizerBase
     prompts = [prompt_token_ids(tokenizer, record["problem"], args.prompt_template) for record in records]
     missing = [i for i, record in enumerate(records) if not record.get("completion")]
     sampled = dict(zip(missing, sample_responses(args, tokenizer, missing, prompts, path), strict=True))
+    ends = end_token_ids(args.model, tokenizer)
     for i, record in enumerate(records):
-        ids = sampled.get(i)
-        if ids is None:
-            ids = tokenizer(record["completion"], add_special_tokens=False)["input_ids"][: args.max_response_tokens]
+        if i in sampled:
+            ids = sampled[i]
+            cut_off = ids[-1] not in ends
+        else:
+            given = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
+            ids = given[: args.max_response_tokens]
+            cut_off = len(given) > len(ids)
         if ids:
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            yield Response(record["problem"], prompts[i], ids, verdict(record, text))
+            yield Response(record["problem"], prompts[i], ids, verdict(record, text), cut_off)
 
 
 def sample_responses(
@@ -293,16 +301,14 @@ def perturb_all(
     settings, ends = args.perturbation, end_token_ids(args.model, tokenizer)
     facts = [weights_digest(args.model) or args.model, args.dtype, args.head_pool, args.perturb_fai_from]
     facts.append({name: value for name, value in asdict(settings).items() if name != "batch_size"})
-    keys = [digest_of(*facts, response.prompt_ids, response.completion_ids) for response in responses]
+    keys = [digest_of(*facts, r.prompt_ids, r.completion_ids, r.cut_off) for r in responses]
 
     def compute(missing: list[int]) -> Iterator[tuple[int, dict]]:
         for i in tqdm(missing, desc="Perturbed", unit="response"):
             fai = inspected[i].analysis_fai(args.perturb_fai_from)
             one = responses[i]
-            yield (
-                i,
-                asdict(perturb_response(model, tokenizer, one.prompt_ids, one.completion_ids, fai, settings, ends)),
-            )
+            tokens = (one.prompt_ids, one.completion_ids)
+            yield i, asdict(perturb_response(model, tokenizer, *tokens, fai, settings, ends, cut_off=one.cut_off))
 
     for record in resumed(path, keys, compute):
         perturbations = [Perturbation(**perturbation) for perturbation in record["perturbations"]]
@@ -317,7 +323,7 @@ def facts_of(
     low, high = settings.horizon
     facts = [
         f"Model {Path(args.model).name}; {len(inspected)} responses of {lengths[0]} to {lengths[-1]} tokens (median "
-        f"{lengths[len(lengths) // 2]}).",
+        f"{lengths[len(lengths) // 2]}), {sum(response.cut_off for response in inspected)} of them cut off.",
         f"Heads ranked per response over {settings.head_pool} layers; {receivers} receiver heads. Curves: WAAD window "
         f"{settings.window}, FAI at distances {low} to {high}; couplings: FAI up to the end of the response.",
         f"Key-focus heads (layer, head): {', '.join(map(str, settings.key_focus_heads)) or 'none'}; influence counts "

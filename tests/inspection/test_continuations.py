@@ -64,13 +64,13 @@ def test_batched_continuations_are_those_of_one_token_at_a_time(model, tiny_toke
     model.generation_config.repetition_penalty = None
 
 
-@pytest.mark.parametrize("ended", [False, True])
-def test_perturbed_response_by_hand(model, tiny_tokenizer, prompt_ids, completion_ids, ended):
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_perturbed_response_by_hand(model, tiny_tokenizer, prompt_ids, completion_ids, cut_off):
     end = tiny_tokenizer.eos_token_id
-    ids = completion_ids + [end] * ended
+    ids = completion_ids + [end] * (not cut_off)
     fai = torch.rand(len(ids), generator=torch.Generator().manual_seed(0))
     settings = PerturbationSettings(positions=2, candidates=3, max_tokens=8, batch_size=4)
-    perturbed = perturb_response(model, tiny_tokenizer, prompt_ids, ids, fai, settings, [end])
+    perturbed = perturb_response(model, tiny_tokenizer, prompt_ids, ids, fai, settings, [end], cut_off=cut_off)
     assert perturbed.num_tokens == len(ids)
     assert [p.top for p in perturbed.perturbations] == [True, True, False, False]
     last = max(i for i, token in enumerate(ids) if content_words(tiny_tokenizer.decode([token]))) - 1
@@ -83,7 +83,7 @@ def test_perturbed_response_by_hand(model, tiny_tokenizer, prompt_ids, completio
         tokens = others_by_hand(model, prompt_ids, ids, position, 3, end)
         assert perturbation.forced == [tiny_tokenizer.decode([token]) for token in tokens]
         own = content_words(tiny_tokenizer.decode(ids[position + 1 : position + 9], skip_special_tokens=True))
-        limit = 8 if ended else min(8, len(ids) - position - 1)
+        limit = min(8, len(ids) - position - 1) if cut_off else 8
         for token, value in zip(tokens, perturbation.jaccards, strict=True):
             continued = greedy_by_hand(model, [*prompt_ids, *ids[:position], token], limit, end)
             assert value == jaccard(own, content_words(tiny_tokenizer.decode(continued, skip_special_tokens=True)))

@@ -10,19 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_trainers.inspection import page
 from attn_trainers.inspection.measure import (
     InspectionSettings,
     find_receiver_heads,
     inspect_response,
     summarise_couplings,
-)
-from attn_trainers.inspection.page import (
-    page,
-    perturbation_row,
-    plot_couplings,
-    plot_perturbations,
-    plot_response,
-    statistic_rows,
 )
 from attn_trainers.inspection.perturbation import Perturbation, PerturbedResponse, summarise_perturbations
 
@@ -55,7 +48,7 @@ def perturbed() -> list[PerturbedResponse]:
 @pytest.fixture(scope="module")
 def html(inspected, statistics, perturbed) -> str:
     summary = summarise_perturbations(perturbed)
-    return page("Attention of a model", ["Two responses."], statistics, inspected, summary, perturbed)
+    return page.page("Attention of a model", ["Two responses."], statistics, inspected, summary, perturbed)
 
 
 def test_page_is_self_contained_and_shows_everything(html, inspected):
@@ -94,9 +87,9 @@ def matplotlib_image(path: Path):
 
 
 def test_pictures(inspected, statistics, perturbed, tmp_path):
-    plot_response(inspected[0], tmp_path / "response.png", "A response")
-    plot_couplings(statistics, tmp_path / "couplings.png", "Couplings")
-    plot_perturbations(perturbed, tmp_path / "perturbation.png", "Perturbed tokens")
+    page.plot_response(inspected[0], tmp_path / "response.png", "A response")
+    page.plot_couplings(statistics, tmp_path / "couplings.png", "Couplings")
+    page.plot_perturbations(perturbed, tmp_path / "perturbation.png", "Perturbed tokens")
     for name, least_width in (("response.png", 800), ("couplings.png", 800), ("perturbation.png", 400)):
         width, height = struct.unpack(">II", (tmp_path / name).read_bytes()[16:24])
         assert width > least_width and height > 300
@@ -105,7 +98,7 @@ def test_pictures(inspected, statistics, perturbed, tmp_path):
 
 def test_perturbations_are_shown(html, perturbed):
     row = ["1", "0.250", "0.750", "+0.500 [+0.500, +0.500]", "100.0 %", "30 %, 70 %", "1"]
-    assert perturbation_row(summarise_perturbations(perturbed)) == row
+    assert page.perturbation_row(summarise_perturbations(perturbed)) == row
     assert "".join(f"<td>{cell}</td>" for cell in row) in html
     forced = ["highest", "3", "0.25000", "“&lt;b&gt;”", "“ many” 0.12, “↵” 0.38"]
     assert "".join(f"<td>{cell}</td>" for cell in forced) in html
@@ -113,10 +106,10 @@ def test_perturbations_are_shown(html, perturbed):
 
 
 def test_nothing_perturbed_is_shown_as_such():
-    assert perturbation_row(summarise_perturbations([PerturbedResponse(1, [])])) == ["0", *["–"] * 5, "1"]
+    assert page.perturbation_row(summarise_perturbations([PerturbedResponse(1, [])])) == ["0", *["–"] * 5, "1"]
 
 
 def test_undefined_statistics_are_shown_as_such(model, tiny_tokenizer, prompt_ids, delimiters):
     lone = inspect_response(model, tiny_tokenizer, prompt_ids, [20], InspectionSettings(), delimiters)
-    rows = statistic_rows(summarise_couplings([lone], find_receiver_heads([lone])))
+    rows = page.statistic_rows(summarise_couplings([lone], find_receiver_heads([lone])))
     assert rows[-1][2:6] == ["0", "– ± –", "– ± –", "–"]

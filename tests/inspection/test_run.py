@@ -44,7 +44,7 @@ def test_recipe_reads_given_completions_and_samples_the_others(
     assert names == sorted([*PICTURES, "couplings.md", "index.html", "responses.jsonl"])
     text = (tmp_path / "out" / "index.html").read_text()
     given = len(tiny_tokenizer(completions[0])["input_ids"])
-    assert f"{given} tokens · right" in text and "20 tokens · wrong" in text
+    assert f"{given} tokens · right" in text and "20 tokens · cut off · wrong" in text
     assert problems[0].text in text
     table = (tmp_path / "out" / "couplings.md").read_text()
     assert "| entropy at WAAD peaks, nats" in table and "1 of 2 responses have no key-focus scores" in table
@@ -81,7 +81,7 @@ def test_perturbed_run_and_its_resume(model_dir, data, tmp_path, monkeypatch):
     stored.write_text(lines[0] + "\n" + lines[1][:50])
     calls = []
     perturb = run.perturb_response
-    monkeypatch.setattr(run, "perturb_response", lambda *a: calls.append(a) or perturb(*a))
+    monkeypatch.setattr(run, "perturb_response", lambda *a, **k: calls.append(a) or perturb(*a, **k))
     monkeypatch.setattr(run, "sample_with_transformers", None)
     assert run_inspection(args) == table
     assert len(calls) == 1 and stored.read_text().splitlines() == lines
