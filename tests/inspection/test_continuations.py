@@ -6,6 +6,7 @@ import torch
 from attn_trainers.attention.heads import jaccard
 from attn_trainers.inspection.continuations import (
     PerturbationSettings,
+    continuations_of,
     continue_greedily,
     likeliest_others,
     perturb_response,
@@ -64,18 +65,41 @@ def test_batched_continuations_are_those_of_one_token_at_a_time(model, tiny_toke
     model.generation_config.repetition_penalty = None
 
 
+def test_continuations_outrun_a_response_only_where_it_was_not_cut_off(
+    model, tiny_tokenizer, prompt_ids, completion_ids
+):
+    forced = [(len(completion_ids) - 4, [20, 21]), (1, [22])]
+    settings = PerturbationSettings(max_tokens=6)
+    for cut_off, limits in ((False, (6, 6)), (True, (3, 6))):
+        texts = continuations_of(
+            model, tiny_tokenizer, prompt_ids, completion_ids, forced, settings, ends=[-1], cut_off=cut_off
+        )
+        by_hand = [
+            [
+                greedy_by_hand(model, [*prompt_ids, *completion_ids[:position], token], limit, end=-1)
+                for token in tokens
+            ]
+            for (position, tokens), limit in zip(forced, limits, strict=True)
+        ]
+        assert texts == [[tiny_tokenizer.decode(ids, skip_special_tokens=True) for ids in rows] for rows in by_hand]
+
+
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_perturbed_response_by_hand(model, tiny_tokenizer, prompt_ids, completion_ids, cut_off):
     end = tiny_tokenizer.eos_token_id
     ids = completion_ids + [end] * (not cut_off)
-    fai = torch.rand(len(ids), generator=torch.Generator().manual_seed(0))
+    fai = torch.linspace(0.0, 1.0, len(ids))  # the top positions are the last
     settings = PerturbationSettings(positions=2, candidates=3, max_tokens=8, batch_size=4)
     perturbed = perturb_response(model, tiny_tokenizer, prompt_ids, ids, fai, settings, [end], cut_off=cut_off)
     assert perturbed.num_tokens == len(ids)
     assert [p.top for p in perturbed.perturbations] == [True, True, False, False]
-    last = max(i for i, token in enumerate(ids) if content_words(tiny_tokenizer.decode([token]))) - 1
-    ranked = sorted(range(last + 1), key=lambda i: fai[i].item())
-    assert [p.position for p in perturbed.perturbations] == [ranked[-1], ranked[-2], ranked[0], ranked[1]]
+    last = (
+        max(
+            i for i, token in enumerate(ids) if content_words(tiny_tokenizer.decode([token], skip_special_tokens=True))
+        )
+        - 1
+    )
+    assert [p.position for p in perturbed.perturbations] == [last, last - 1, 0, 1]
     for perturbation in perturbed.perturbations:
         position = perturbation.position
         assert perturbation.fai == fai[position].item()

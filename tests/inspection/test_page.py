@@ -69,7 +69,14 @@ def test_page_in_a_headless_browser(html, tmp_path):
     if browser is None:
         pytest.skip("no Chromium on the path: the page is not looked at in a browser (apt-get install chromium)")
     (tmp_path / "index.html").write_text(html, encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command += ["--window-size=1200,2600", f"--screenshot={tmp_path / 'page.png'}", "--dump-dom"]
     done = subprocess.run([*command, str(tmp_path / "index.html")], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("<svg") == 2 and "Couplings" in done.stdout, done.stderr
