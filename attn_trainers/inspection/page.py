@@ -30,6 +30,7 @@ h1 { font-size: 1.4rem; }
 h2 { font-size: 1.1rem; margin-top: 2.5rem; border-top: 1px solid #d0d7de; padding-top: 1rem; }
 table { border-collapse: collapse; }
 td, th { padding: .3rem .7rem; border-bottom: 1px solid #d0d7de; text-align: right; }
+td { white-space: nowrap; } .forced td:last-child { white-space: normal; }
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
 .facts, .note { color: #57606a; } .scroll { overflow-x: auto; } svg { display: block; }
 .tokens { font: 14px/2 ui-monospace, monospace; background: #f6f8fa; padding: .6rem; }
@@ -74,7 +75,7 @@ PERTURBATION_HEADER = [
     "n",
     "Jaccard, highest FAI",
     "Jaccard, lowest FAI",
-    "lowest - highest, 95 % interval",
+    "lowest − highest, 95 % interval",
     "Pr(highest < lowest)",
     "place of highest, lowest",
     "left out",
@@ -104,7 +105,8 @@ def perturbation_row(summary: PerturbationSummary) -> list[str]:
 def _table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    table = f'<table class="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def visible(token: str) -> str:
@@ -236,7 +238,7 @@ def _perturbation_section(summary: PerturbationSummary) -> str:
 continuation shares with the response behind the same position, of all that either has. n: responses long enough;
 place: mean position as a share of the response. The later a position, the fewer words are left to differ, so a
 difference says something of FAI only where the places are alike. The paper (Qwen3-4B-Base, 70 problems of GSM8K):
-0.534 against 0.631, lower in 87.1 %.</p>"""
+0.534 against 0.631, lower in 87.1&nbsp;%.</p>"""
 
 
 def _perturbation_table(perturbed: PerturbedResponse) -> str:
