@@ -30,8 +30,12 @@ class Coupling:
 
     @property
     def lift(self) -> float:
-        """(observed - random) / random; NaN where random is 0."""
-        return (self.observed - self.random) / self.random if self.random else math.nan
+        return lift(self.observed, self.random)
+
+
+def lift(observed: float, random: float) -> float:
+    """(observed - random) / random, the paper's measure of a coupling; NaN where random is 0."""
+    return (observed - random) / random if random else math.nan
 
 
 def _mean(values: Tensor) -> float:
@@ -91,7 +95,7 @@ def receiver_heads(column_means: Sequence[Tensor], fraction: float = 0.3) -> lis
         ValueError: without responses.
     """
     if not column_means:
-        raise ValueError("column_means is empty: give the (heads, n) column means of at least one response")
+        raise ValueError("column_means=[] has no response; give the (heads, n) column means of one or more.")
     kurtosis = torch.stack([column_kurtosis(columns) for columns in column_means]).nanmean(0)  # (heads,)
     order = torch.argsort(kurtosis.nan_to_num(nan=-math.inf), descending=True, stable=True)
     return order[: max(1, math.floor(fraction * len(kurtosis)))].tolist()

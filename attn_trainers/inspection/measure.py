@@ -30,14 +30,15 @@ from ..attention import (
     rank_heads,
 )
 from ..attention.rhythm import peaks
-from ..attnpo.alignment import reasoning_step_ranges
+from ..attnpo.alignment import StepAlignment, reasoning_step_ranges
 from ..attnpo.steps import Splitter, Step
-from ..attnrl.steps import StepDelimiters, segment_steps
+from ..attnrl.steps import StepDelimiters, StepSegmentation, segment_steps
 from ..rhythm.credit import CreditOptions, credit_sets
 from .analysis import (
     Coupling,
     entropy_at_waad_peaks,
     fai_peaks_after_waad_peaks,
+    lift,
     receiver_heads,
     receiver_peaks_at_global_peaks,
 )
@@ -47,6 +48,14 @@ from .analysis import (
 # paper's analysis counts a token's attention to itself (0); its training does not count the next tokens either (10).
 ANALYSIS_DISTANCES = (0, 10)
 STATISTICS = ("entropy", "receiver_global", "fai_after_waad")
+HEAD_POOLS = ("all", "middle")
+# Why a response has no key-focus scores, by the reason that the alignment of its steps gives.
+NO_THINKING_STEPS = {
+    "no_end_of_thinking": "the response has no </think>: its model writes none, or it was cut off while thinking",
+    "several_end_of_thinking": "the response has more than one </think>",
+    "no_answer": "nothing follows </think>",
+    "too_few_steps": "the thinking is less than two steps",
+}
 _ENTROPY_ROWS = 256
 
 
@@ -77,8 +86,8 @@ class InspectionSettings:
     splitter: Callable[[str], list[Step]] = Splitter()
 
     def __post_init__(self):
-        if self.head_pool not in ("all", "middle"):
-            raise ValueError(f"head_pool={self.head_pool!r} is unknown; set it to 'all' or 'middle'.")
+        if self.head_pool not in HEAD_POOLS:
+            raise ValueError(f"head_pool={self.head_pool!r} is unknown; set it to one of {', '.join(HEAD_POOLS)}.")
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class InspectedResponse:
         key_focus: key-focus scores of the thinking steps.
         local_heads, global_heads: the heads that WAAD and FAI are averaged over.
         correct: whether the answer is right, where it is known.
+        cut_off: whether a token limit ended it.
         profiles: per least distance of the analysis, all heads' profile with FAI up to the end of the response.
     """
 
@@ -126,7 +136,12 @@ class InspectedResponse:
     local_heads: list[Head]
     global_heads: list[Head]
     correct: bool | None = None
+    cut_off: bool = False
     profiles: dict[int, RhythmProfile] = field(default_factory=dict)
+
+    def analysis_fai(self, distance: int) -> Tensor:
+        """FAI (n,) from one of the least distances of the analysis up to the end of the response."""
+        return combine_heads(self.profiles[distance], self.local_heads, self.global_heads).fai
 
 
 @dataclass(frozen=True)
@@ -153,8 +168,8 @@ class StatisticSummary:
 
     @property
     def lift(self) -> float:
-        """(observed - random) / random of the means; NaN where random is 0."""
-        return (self.observed - self.random) / self.random if self.random else math.nan
+        """Of the means."""
+        return lift(self.observed, self.random)
 
 
 class ObserverGroup:
@@ -191,6 +206,7 @@ def inspect_response(
     *,
     problem: str = "",
     correct: bool | None = None,
+    cut_off: bool = False,
 ) -> InspectedResponse:
     """Everything about one response, from one forward.
 
@@ -200,7 +216,7 @@ def inspect_response(
         prompt_ids, completion_ids: tokens without padding, at least one each.
         settings: what is measured.
         delimiters: of the tokenizer, for the steps of the influence.
-        problem, correct: kept as they are.
+        problem, correct, cut_off: kept as they are.
 
     Raises:
         ValueError: for an empty prompt or completion, or an architecture that cannot be observed.
@@ -210,61 +226,94 @@ def inspect_response(
             f"prompt_ids has {len(prompt_ids)} tokens and completion_ids {len(completion_ids)}; give one or more of "
             "each."
         )
-    prompt, count = len(prompt_ids), len(completion_ids)
-    device = next(model.parameters()).device
-    ids = torch.tensor([prompt_ids + completion_ids], device=device)  # (1, N)
+    prompt = len(prompt_ids)
+    ids = torch.tensor([prompt_ids + completion_ids], device=next(model.parameters()).device)  # (1, N)
     mask = torch.ones_like(ids)
-    num_layers = decoder_of(model).config.num_hidden_layers
-    layers = range(num_layers) if settings.head_pool == "all" else middle_layers(num_layers)
-    horizons = [settings.horizon, *((low, None) for low in ANALYSIS_DISTANCES)]
-    rhythm = [RhythmObserver(mask, [prompt], layers, settings.window, horizon) for horizon in horizons]
+    rhythm = _rhythm_observers(model, settings, mask, prompt)
     segmentation = segment_steps(prompt, completion_ids, delimiters)
     influence = InfluenceObserver(mask, [segmentation.ranges], [segmentation.stop_step], settings.influence_delta)
     alignment = reasoning_step_ranges(tokenizer, completion_ids, splitter=settings.splitter)
-    focus = None
-    if settings.key_focus_heads and alignment.reason is None:
-        ranges = [(prompt + start, prompt + end) for start, end in alignment.step_ranges]
-        focus = KeyFocusObserver(mask, [ranges], [prompt + alignment.answer_start], settings.key_focus_heads)
-    observers = [*rhythm, influence] + ([focus] if focus else [])
-    with observe_attention(model, ObserverGroup(observers)):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
+    focus = _focus_observer(settings, alignment, mask, prompt)
+    with observe_attention(model, ObserverGroup([*rhythm, influence] + ([focus] if focus else []))):
+        kept = len(completion_ids) + 1
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[0, :-1]
     drawn, *analysed = [observer.result()[0] for observer in rhythm]
+    return InspectedResponse(
+        problem=problem,
+        tokens=[tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in completion_ids],
+        entropy=token_entropies(logits).cpu(),
+        influence=_influence(settings, segmentation, influence.result()[0][1:].tolist(), prompt),
+        key_focus=_key_focus(settings, alignment, focus),
+        correct=correct,
+        cut_off=cut_off,
+        profiles=dict(zip(ANALYSIS_DISTANCES, map(_on_cpu, analysed), strict=True)),
+        **_curves(settings, drawn),
+    )
+
+
+def _rhythm_observers(
+    model: nn.Module, settings: InspectionSettings, mask: Tensor, prompt: int
+) -> list[RhythmObserver]:
+    """One for the curves, then one per least distance of the analysis."""
+    num_layers = decoder_of(model).config.num_hidden_layers
+    layers = range(num_layers) if settings.head_pool == "all" else middle_layers(num_layers)
+    horizons = [settings.horizon, *((low, None) for low in ANALYSIS_DISTANCES)]
+    return [RhythmObserver(mask, [prompt], layers, settings.window, horizon) for horizon in horizons]
+
+
+def _curves(settings: InspectionSettings, drawn: RhythmProfile) -> dict:
+    """The fields of an `InspectedResponse` that come from the ranked heads."""
     heads = rank_heads(mean_backward_span([drawn]), drawn.heads, settings.head_fraction)
     signals = combine_heads(drawn, *heads)
     waad, fai = signals.waad.cpu(), signals.fai.cpu()
     sets = credit_sets(waad, fai, CreditOptions(top_fraction=settings.top_fraction))
-    return InspectedResponse(
-        problem=problem,
-        tokens=[tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in completion_ids],
-        waad=waad,
-        fai=fai,
-        entropy=token_entropies(logits).cpu(),
-        preplan=sets.preplan,
-        anchors=sets.anchors,
-        waad_peaks=peaks(waad, settings.peak_fraction),
-        fai_peaks=peaks(fai, settings.peak_fraction),
-        influence=StepScores(
-            [(start - prompt, end - prompt) for start, end in segmentation.ranges[1:]],
-            influence.result()[0][1:].tolist(),
-        ),
-        key_focus=_key_focus(settings, alignment, focus),
-        local_heads=signals.local_heads,
-        global_heads=signals.global_heads,
-        correct=correct,
-        profiles=dict(zip(ANALYSIS_DISTANCES, map(_on_cpu, analysed), strict=True)),
-    )
+    return {
+        "waad": waad,
+        "fai": fai,
+        "preplan": sets.preplan,
+        "anchors": sets.anchors,
+        "waad_peaks": peaks(waad, settings.peak_fraction),
+        "fai_peaks": peaks(fai, settings.peak_fraction),
+        "local_heads": signals.local_heads,
+        "global_heads": signals.global_heads,
+    }
 
 
 def _on_cpu(profile: RhythmProfile) -> RhythmProfile:
     return RhythmProfile(profile.heads, profile.span_sum.cpu(), profile.waad.cpu(), profile.fai.cpu())
 
 
-def _key_focus(settings: InspectionSettings, alignment, focus: KeyFocusObserver | None) -> StepScores:
+def _focus_observer(
+    settings: InspectionSettings, alignment: StepAlignment, mask: Tensor, prompt: int
+) -> KeyFocusObserver | None:
+    if not settings.key_focus_heads or alignment.reason is not None:
+        return None
+    ranges = [(prompt + start, prompt + end) for start, end in alignment.step_ranges]
+    return KeyFocusObserver(mask, [ranges], [prompt + alignment.answer_start], settings.key_focus_heads)
+
+
+def _influence(
+    settings: InspectionSettings, segmentation: StepSegmentation, scores: list[float], prompt: int
+) -> StepScores:
+    ranges = [(start - prompt, end - prompt) for start, end in segmentation.ranges[1:]]
+    note = ""
+    if not any(scores):
+        note = (
+            f"no influence: a step counts from the second on, and with steps at least {settings.influence_delta} "
+            f"later; this response has {len(ranges)} (blank lines, else line breaks, end one)"
+        )
+    return StepScores(ranges, scores, note)
+
+
+def _key_focus(settings: InspectionSettings, alignment: StepAlignment, focus: KeyFocusObserver | None) -> StepScores:
     if focus is not None:
         return StepScores(list(alignment.step_ranges), focus.result()[0].tolist())
+    notes = []
     if not settings.key_focus_heads:
-        return StepScores(note="no key-focus heads are known for this model; find them and name them")
-    return StepScores(note=f"no thinking steps in this response ({alignment.reason})")
+        notes.append("no key-focus heads are known for this model (find them, then name them by key_focus_heads)")
+    if alignment.reason is not None:
+        notes.append(NO_THINKING_STEPS.get(alignment.reason, alignment.reason))
+    return StepScores(note="; ".join(notes))
 
 
 def response_couplings(

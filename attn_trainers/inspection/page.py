@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from .measure import InspectedResponse, StatisticSummary, StepScores  # noqa: E402
+from .perturbation import PerturbationSummary, PerturbedResponse  # noqa: E402
 
 
 WAAD_COLOUR, FAI_COLOUR, FCI_COLOUR, FOCUS_COLOUR = "#2f6db3", "#c2571a", "#5b8c5a", "#7d5ba6"
@@ -28,6 +30,7 @@ h1 { font-size: 1.4rem; }
 h2 { font-size: 1.1rem; margin-top: 2.5rem; border-top: 1px solid #d0d7de; padding-top: 1rem; }
 table { border-collapse: collapse; }
 td, th { padding: .3rem .7rem; border-bottom: 1px solid #d0d7de; text-align: right; }
+td { white-space: nowrap; } .forced td:last-child { white-space: normal; }
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
 .facts, .note { color: #57606a; } .scroll { overflow-x: auto; } svg { display: block; }
 .tokens { font: 14px/2 ui-monospace, monospace; background: #f6f8fa; padding: .6rem; }
@@ -68,7 +71,42 @@ def statistic_rows(statistics: Sequence[StatisticSummary]) -> list[list[str]]:
 STATISTIC_HEADER = ["statistic", "FAI from", "n", "observed ± sd", "by chance ± sd", "lift", "peak densities"]
 
 
+PERTURBATION_HEADER = [
+    "n",
+    "Jaccard, highest FAI",
+    "Jaccard, lowest FAI",
+    "lowest − highest, 95 % interval",
+    "Pr(highest < lowest)",
+    "place of highest, lowest",
+    "left out",
+]
+
+
+def perturbation_row(summary: PerturbationSummary) -> list[str]:
+    """Cells of the one row of the table of perturbations."""
+    c, left_out = summary.comparison, str(summary.left_out)
+    if c is None or summary.places is None:
+        return ["0", *["–"] * 5, left_out]
+    low, high = c.interval
+    return [
+        str(summary.responses),
+        f"{c.first:.3f}",
+        f"{c.second:.3f}",
+        f"{c.difference:+.3f} [{low:+.3f}, {high:+.3f}]",
+        f"{100 * summary.share_below:.1f} %",
+        ", ".join(f"{100 * place:.0f} %" for place in summary.places),
+        left_out,
+    ]
+
+
 # HTML ------------------------------------------------------------------------------------------------
+
+
+def _table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f'<table class="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def visible(token: str) -> str:
@@ -193,22 +231,54 @@ def _token_strip(response: InspectedResponse) -> str:
     return '<div class="tokens">' + "".join(spans) + "</div>"
 
 
-def _response_section(index: int, response: InspectedResponse) -> str:
+def _perturbation_section(summary: PerturbationSummary) -> str:
+    return f"""<h2>Perturbation</h2>
+{_table("perturbation", PERTURBATION_HEADER, [perturbation_row(summary)])}
+<p class="note">{summary.continuations} greedy continuations after a forced token. Jaccard: content words that a
+continuation shares with the response behind the same position, of all that either has. n: responses long enough;
+place: mean position as a share of the response. The later a position, the fewer words are left to differ, so a
+difference says something of FAI only where the places are alike. The paper (Qwen3-4B-Base, 70 problems of GSM8K):
+0.534 against 0.631, lower in 87.1&nbsp;%.</p>"""
+
+
+def _perturbation_table(perturbed: PerturbedResponse) -> str:
+    """Forced tokens of one response, highest FAI first."""
+    rows = [
+        [
+            "highest" if p.top else "lowest",
+            str(p.position),
+            f"{p.fai:.5f}",
+            f"“{visible(p.token)}”",
+            ", ".join(f"“{visible(text)}” {jaccard:.2f}" for text, jaccard in zip(p.forced, p.jaccards, strict=True)),
+        ]
+        for p in perturbed.perturbations
+    ]
+    return _table("forced", ["FAI", "token", "FAI value", "text", "forced in its place, and the Jaccard"], rows)
+
+
+def _response_section(index: int, response: InspectedResponse, perturbed: PerturbedResponse | None) -> str:
     verdict = {None: "", True: " · right", False: " · wrong"}[response.correct]
     count = len(response.tokens)
+    cut_off = " · cut off" if response.cut_off else ""
     facts = (
-        f"{count} tokens{verdict} · {int(response.preplan.sum())} preplan, {int(response.anchors.sum())} anchor "
-        f"tokens · {len(response.influence.ranges)} steps · {len(response.local_heads)} local and "
-        f"{len(response.global_heads)} global heads"
+        f"{count} tokens{cut_off}{verdict} · {int(response.preplan.sum())} preplan, "
+        f"{int(response.anchors.sum())} anchor tokens · {len(response.influence.ranges)} steps · "
+        f"{len(response.local_heads)} local and {len(response.global_heads)} global heads"
     )
     return (
         f'<section id="response-{index + 1}"><h2>Response {index + 1}</h2><pre>{escape(response.problem)}</pre>'
-        f'<p class="facts">{facts}</p>{_token_strip(response)}{response_chart(response)}</section>'
+        f'<p class="facts">{facts}</p>{_token_strip(response)}{response_chart(response)}'
+        f"{_perturbation_table(perturbed) if perturbed and perturbed.perturbations else ''}</section>"
     )
 
 
 def page(
-    title: str, facts: Sequence[str], statistics: Sequence[StatisticSummary], shown: Sequence[InspectedResponse]
+    title: str,
+    facts: Sequence[str],
+    statistics: Sequence[StatisticSummary],
+    shown: Sequence[InspectedResponse],
+    summary: PerturbationSummary | None = None,
+    perturbed: Sequence[PerturbedResponse] = (),
 ) -> str:
     """The whole HTML page.
 
@@ -217,23 +287,27 @@ def page(
         facts: lines about the model, the data and the settings.
         statistics: the couplings.
         shown: responses to draw.
+        summary: of the perturbations, if any were made.
+        perturbed: the perturbations of the responses, the drawn ones first.
     """
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in STATISTIC_HEADER)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in statistic_rows(statistics)
-    )
+    sections = [
+        _response_section(index, response, one)
+        for index, (response, one) in enumerate(zip_longest(shown, perturbed[: len(shown)]))
+    ]
     chance = "; ".join(f"{what}: {chance}" for what, chance in STATISTIC_TITLES.values())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 {"".join(f'<p class="facts">{escape(fact)}</p>' for fact in facts)}
 <h2>Couplings</h2>
-<table id="couplings"><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>
+{_table("couplings", STATISTIC_HEADER, statistic_rows(statistics))}
 <p class="note">n: responses in which the statistic is defined; sd: over these. Chance level: {escape(chance)}. A peak
-is a local maximum in its response's top share; independent noise has 21.9 % peaks.</p>
+is a local maximum in its response's top share; independent noise has 21.9 % peaks. A statistic is undefined in a
+response without such peaks: FAI from 10 tokens on has no value in the last 10 tokens.</p>
+{_perturbation_section(summary) if summary else ""}
 <p class="note">In the texts below, <span class="preplan">preplan tokens</span> are underlined and
 <span class="anchor">anchor tokens</span> shaded.</p>
-{"".join(_response_section(index, response) for index, response in enumerate(shown))}
+{"".join(sections)}
 </body></html>
 """
 
@@ -268,6 +342,8 @@ def plot_response(response: InspectedResponse, path: str | Path, title: str) -> 
         axis.set_ylabel(label, fontsize=9)
         if steps.note:
             axis.text(0.01, 0.5, steps.note, transform=axis.transAxes, fontsize=8, color="#57606a")
+            axis.set_yticks([])
+    axes[-1].tick_params(axis="x", labelsize=8)
     if count <= 150:
         axes[-1].set_xticks(range(count), [visible(t).strip() for t in response.tokens], rotation=90, fontsize=6)
     axes[-1].set_xlabel("response token", fontsize=9)
@@ -276,6 +352,7 @@ def plot_response(response: InspectedResponse, path: str | Path, title: str) -> 
         axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
+        axis.set_xlim(-1, count)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -296,6 +373,24 @@ def plot_couplings(statistics: Sequence[StatisticSummary], path: str | Path, tit
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_perturbations(perturbed: Sequence[PerturbedResponse], path: str | Path, title: str) -> None:
+    """A point per response, mean Jaccard at the positions of highest over that at those of lowest FAI."""
+    usable = [response for response in perturbed if response.perturbations]
+    figure, axis = plt.subplots(figsize=(4.6, 4.6))
+    axis.plot([0, 1], [0, 1], color="#afb8c1", linewidth=1)
+    top, bottom = ([response.mean_jaccard(is_top) for response in usable] for is_top in (True, False))
+    axis.plot(bottom, top, "o", color=FAI_COLOUR, markersize=5)
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.set_xlabel("mean Jaccard at lowest FAI", fontsize=9)
+    axis.set_ylabel("mean Jaccard at highest FAI", fontsize=9)
+    axis.set_title(f"{title}\nn = {len(usable)}; below the line: more changes at highest FAI", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
