@@ -260,9 +260,18 @@ class Draw:
 
 
 def plan_draws(
-    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, problems: dict[str, list[dict]]
+    args: EvaluationArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: dict[str, list[dict]],
+    positions: int | None,
 ) -> tuple[list[Draw], str]:
     """Every completion of the evaluation, and a line on those that the model's positions cut short ("" for none).
+
+    Args:
+        args: of the evaluation.
+        tokenizer: of the model.
+        problems: by the name of their data set.
+        positions: of the model, `None` without a limit.
 
     Raises:
         ValueError: if `max_new_tokens` was set to more than the positions leave.
@@ -276,7 +285,6 @@ def plan_draws(
                 places.append((name, problem, sample))
                 seed = request_seed(args.seed, name, problem, sample)
                 requests.append(GenerationRequest(ids, args.token_limit, seed))
-    positions = num_positions(load_config(args.model))
     fitting, num_cut = fit_positions(requests, positions)
     note = ""
     if num_cut:
@@ -305,8 +313,9 @@ def evaluate(args: EvaluationArguments) -> list[Summary]:
     settings = run_settings(args, problems)
     if args.revision is not None:
         args = replace(args, model=snapshot_download(args.model, revision=args.revision), revision=None)
+    positions = num_positions(load_config(args.model))
     tokenizer = tokenizer_of(args.model)
-    draws, note = plan_draws(args, tokenizer, problems)
+    draws, note = plan_draws(args, tokenizer, problems, positions)
     check_settings(output, settings)
     if note:
         logger.warning(note)

@@ -25,8 +25,8 @@ def run_command(main: Callable, arguments_class: type) -> None:
         arguments_class: a dataclass whose fields are the options.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr, for an unknown option, a value of the wrong kind, or settings
-            and files that are refused with a ValueError.
+        SystemExit: with code 2 and one line on stderr, for an unknown option, a value of the wrong kind, settings that
+            are refused with a ValueError, or files that cannot be read.
     """
     parser = OneLineParser(arguments_class, allow_abbrev=False)
     try:
@@ -34,6 +34,6 @@ def run_command(main: Callable, arguments_class: type) -> None:
         if unknown:
             parser.error(f"unknown option {' '.join(unknown)}")
         main(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logger.debug("Refused", exc_info=True)
         parser.exit(2, f"Refused: {' '.join(str(error).split())}\n")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,35 +44,36 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 
     Raises:
         OSError: if there is no tokenizer.
-        ValueError: if the file as it stands cannot be reproduced either.
     """
     kwargs = {"revision": revision} if revision else {}
     generic = get_tokenizer_config(str(path), **kwargs).get("tokenizer_class") in GENERIC_TOKENIZERS
     tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(str(path), **kwargs)
     file = cached_file(str(path), "tokenizer.json", _raise_exceptions_for_missing_entries=False, **kwargs)
-    if file is not None and not generic and not reproduces(tokenizer, Tokenizer.from_file(file)):
+    if file and not generic and not read_alike(tokenizer, PreTrainedTokenizerFast(tokenizer_file=file)):
         name = type(tokenizer).__name__
+        logger.warning("%s: %s does not reproduce tokenizer.json, which is read as it stands.", path, name)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), **kwargs)
-        if not reproduces(tokenizer, Tokenizer.from_file(file)):
-            raise ValueError(
-                f"tokenizer={str(path)!r}: neither {name} nor the generic class encodes a text as its tokenizer.json "
-                "does; save the tokenizer anew, with the class that it was made with."
-            )
-        logger.warning("%s: %s does not reproduce tokenizer.json; it is read as it stands.", path, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def reproduces(tokenizer: PreTrainedTokenizerBase, reference: Tokenizer) -> bool:
-    """Whether a tokenizer encodes and decodes the probe text as the tokenizer in its file does."""
-    ids = reference.encode(PROBE, add_special_tokens=False).ids
-    text = reference.decode(ids, skip_special_tokens=False)
-    same_ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"] == ids
-    return same_ids and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+def read_alike(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers encode the probe text alike and decode it alike."""
+    ids = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (first, second)]
+    texts = [tokenizer.decode(ids[1], clean_up_tokenization_spaces=False) for tokenizer in (first, second)]
+    return ids[0] == ids[1] and texts[0] == texts[1]
 
 
 # Models and adapters ---------------------------------------------------------------------------------
+
+
+def is_adapter(model: str) -> bool:
+    """Whether a folder or Hub id holds an adapter; what cannot be read holds none."""
+    try:
+        return find_adapter_config_file(model) is not None
+    except OSError:
+        return False
 
 
 def base_model_of(model: str) -> str | None:
@@ -82,7 +82,7 @@ def base_model_of(model: str) -> str | None:
     Raises:
         ValueError: if the adapter does not name its base model.
     """
-    if find_adapter_config_file(model) is None:
+    if not is_adapter(model):
         return None
     from peft import PeftConfig
 
@@ -105,7 +105,7 @@ def refuse_adapter(model: str, field: str) -> None:
     Raises:
         ValueError: if it is an adapter, with how to make a model of it.
     """
-    if find_adapter_config_file(model) is not None:
+    if is_adapter(model):
         raise ValueError(
             f"{field}={model!r} is an adapter of {base_model_of(model)!r}, no model; merge it with `from "
             "attn_trainers.sampling.models import load_model, tokenizer_of`, "
@@ -169,7 +169,7 @@ def load_model(model: str, dtype: str) -> PreTrainedModel:
         from peft import PeftModel
 
         adapted = PeftModel.from_pretrained(loaded, model)
-        kind = adapted.peft_config["default"].peft_type
+        kind = adapted.peft_config["default"].peft_type.value
         if not hasattr(adapted.base_model, "merge_and_unload"):
             raise ValueError(
                 f"model={model!r} is an adapter of type {kind}, which cannot be merged into {base!r}; give a LoRA "

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from attn_trainers.base.evaluation import EvaluationMixin
@@ -28,7 +26,6 @@ from attn_trainers.evaluation.statistics import (
 )
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.sampling.requests import count_thinking_tokens
-from attn_trainers.sampling.transformers import SeededSampling
 from attn_trainers.tiny.byte_model import build_byte_model, build_byte_tokenizer
 
 
@@ -134,17 +131,6 @@ def test_default_samples_are_the_papers():
 # Sampling --------------------------------------------------------------------------------------------
 
 
-def test_seeded_sampling_draws_from_the_softmax_and_each_row_alone():
-    scores = torch.tensor([[0.0, 1.0, 2.0]])
-    draws = 20_000
-    picks = SeededSampling(range(draws), "cpu")(None, scores.expand(draws, 3)).argmax(dim=1).tolist()
-    for token, p in enumerate(scores.softmax(dim=1)[0].tolist()):
-        assert abs(Counter(picks)[token] / draws - p) < 4 * math.sqrt(p * (1 - p) / draws)  # four standard errors
-    alone = SeededSampling([7], "cpu")(None, scores)
-    together = SeededSampling([3, 7], "cpu")(None, scores.expand(2, 3))
-    assert torch.equal(alone[0], together[1])
-
-
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [
@@ -159,16 +145,6 @@ def test_thinking_tokens(prompt, completion, expected):
     tokenizer = build_byte_tokenizer()  # a tag is one token, any other character here too
     ids = [tokenizer(text)["input_ids"] for text in (prompt, completion)]
     assert count_thinking_tokens(tokenizer, *ids) == expected
-
-
-def test_word_level_tokenizer_beside_a_qwen2_model(tmp_path):
-    build_byte_model(tmp_path)
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[UNK]").save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer("one two two")["input_ids"] == [1, 2, 2]
-    assert tokenizer.pad_token == "[UNK]"
 
 
 # Runs ------------------------------------------------------------------------------------------------
