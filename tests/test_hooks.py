@@ -53,6 +53,7 @@ ATTRIBUTES = {
     "_dist",
     "_last_loaded_step",
     "_name",
+    "_is_vlm",
 }
 OTHER = {"_get_per_token_logps_and_entropies", "_run_epoch"}
 # Modules that hold trainers or parts of them.
@@ -115,7 +116,7 @@ def test_attributes_of_a_trainer_are_what_they_are_taken_for(trainer):
         assert isinstance(pending, defaultdict) and pending.default_factory is list
     assert trainer._buffered_inputs is None and trainer._step == 0
     assert list(inspect.signature(trainer._dist.summon_full_params).parameters) == ["module", "kwargs"]
-    assert trainer._name == "GRPO"
+    assert trainer._name == "GRPO" and trainer._is_vlm is False
     assert (trainer.reward_func_names, trainer.reward_weights.tolist()) == (["<lambda>"], [1.0])
     assert isinstance(trainer.eos_token_ids, list | set | tuple) and trainer.eos_token_ids
     assert trainer.ref_model is None and isinstance(trainer.model, torch.nn.Module)

@@ -54,7 +54,8 @@ class AttentionObserver(Protocol):
     """Layers to observe; None for all."""
 
     def observe(self, layer: LayerAttention) -> None:
-        """Called without gradients and without autocast. The tensors are the model's own: read them, keep none."""
+        """Called without gradients and without autocast, with tensors of the type that the model's attention computes
+        in; they may be the model's own: read them, keep none."""
 
 
 @contextmanager
@@ -205,16 +206,24 @@ def _show(observer: AttentionObserver, module: nn.Module, query: Tensor, key: Te
         )
     scaling = kwargs.get("scaling")
     sliding_window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    dtype = _computed_in(query)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         observer.observe(
             LayerAttention(
                 layer_idx=module.layer_idx,
-                query=query.detach(),
-                key=key.detach().to(query.dtype),
+                query=query.detach().to(dtype),
+                key=key.detach().to(dtype),
                 scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 sliding_window=sliding_window,
             )
         )
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """Type that the model's own attention computes in: under autocast that of the autocast, whatever rotary
+    embeddings, which are float32 where the weights are, made of the queries."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _eager_attention(module: nn.Module) -> Callable:

@@ -79,7 +79,6 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
 
     config_class = AttnRLConfig
     metric_prefix = "attnrl"
-    unsupported = ("tools", "environment_factory", "rollout_func")
 
     def __init__(self, model, reward_funcs=None, args=None, *more, credit: CreditMethod | None = None, **kwargs):
         if isinstance(more[0] if more else kwargs.get("train_dataset"), IterableDataset):

@@ -22,9 +22,14 @@ class MethodConfig(GRPOConfig):
     Parameters:
         end_of_thinking (`str`, *optional*, defaults to `"</think>"`):
             Text that ends the thinking part.
+        accuracy_reward (`str`, *optional*):
+            Name of the reward function that says whether a response is correct. Default: the first.
     """
 
     end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
+    accuracy_reward: str | None = field(
+        default=None, metadata={"help": "Name of the reward function that is the correctness. Default: the first."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

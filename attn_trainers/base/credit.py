@@ -125,6 +125,7 @@ class BatchCredit:
         advantages: per pass (B,) or (B, T) in place of the host's own; `None` keeps those.
         totals: sums and counts over this rank's rows, logged as means over all ranks.
         values: logged as they are; the same on every rank.
+        columns: values of this rank's rows by name, `None` where there is none, for the table of logged completions.
         details: what the method made of each row, for its reports.
     """
 
@@ -132,6 +133,7 @@ class BatchCredit:
     advantages: list[Tensor] | None = None
     totals: Totals = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, list[float | None]] = field(default_factory=dict)
     details: Any = None
 
 

@@ -121,6 +121,9 @@ class CreditTrainer(BaseTrainer):
             output["credit"] = credit.factors[0].to(output["advantages"].device)
         self.log_values(credit.values | {"seconds/attention": signal.seconds}, self.credit.prefix)
         self.log_means(credit.totals, self.credit.prefix)
+        if self.log_completions:
+            for name, values in credit.columns.items():
+                self._logs["extra"][f"{self.credit.prefix}/{name}"].extend(self.ranks.gather_list(values))
         self.last_credit, self.last_rewards_per_func = credit, scored.shaped
         self.credit.report(credit, context)
 

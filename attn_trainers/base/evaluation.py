@@ -11,14 +11,25 @@ class EvaluationMixin:
     """Adds pass@k and thinking length to the evaluation logs of a `GRPOTrainer` (named before it in the bases).
 
     TRL evaluates `eval_dataset` every `eval_steps`, draws `num_generations_eval` completions per prompt and logs mean
-    reward, lengths and the share truncated. From the first reward function (right where above 0) this logs
-    `eval_pass@k`, for k the powers of two up to `num_generations_eval`, and `eval_completions/mean_thinking_length` in
-    tokens (`count_thinking_tokens`). Nothing is generated again, and every rank logs the same.
+    reward, lengths and the share truncated. From the reward function that is the correctness (right where above 0)
+    this logs `eval_pass@k`, for k the powers of two up to `num_generations_eval`, and
+    `eval_completions/mean_thinking_length` in tokens (`count_thinking_tokens`). Nothing is generated again, and every
+    rank logs the same.
 
     Of several named data sets each logs under its own name, `eval_<name>_pass@1`, what TRL measures included.
     """
 
     _metric_key_prefix = "eval"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        name = self.args.accuracy_reward or self.reward_func_names[0]
+        if name not in self.reward_func_names:
+            raise ValueError(
+                f"accuracy_reward={name!r} is no reward function of this trainer; set it to one of "
+                f"{', '.join(self.reward_func_names)}."
+            )
+        self.accuracy_column = self.reward_func_names.index(name)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metric_key_prefix = metric_key_prefix
@@ -40,7 +51,9 @@ class EvaluationMixin:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (ranks·B, F)
         if not self.model.training:
             n = self.num_generations_eval
-            right = (torch.nan_to_num(rewards[:, 0]) > 0).view(-1, n).sum(dim=1).tolist()  # (prompts,)
+            right = (
+                (torch.nan_to_num(rewards[:, self.accuracy_column]) > 0).view(-1, n).sum(dim=1).tolist()
+            )  # (prompts,)
             for k in default_pass_at(n):
                 # One entry per prompt: TRL logs the mean of the entries.
                 self._metrics["eval"][f"pass@{k}"].extend(pass_at_k(n, c, k) for c in right)

@@ -29,8 +29,8 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
     config_class: type[MethodConfig]
     # Name under which metrics appear, and of the state beside a checkpoint, e.g. "attnpo".
     metric_prefix: str
-    # Arguments of `GRPOTrainer` that do not go with single-turn completions.
-    unsupported = ("tools", "environment_factory")
+    # Arguments of `GRPOTrainer` that do not go with single-turn completions which the trainer samples itself.
+    unsupported = ("tools", "environment_factory", "rollout_func")
 
     def __init__(self, model, reward_funcs=None, args=None, *more, **kwargs):
         if args is None:
@@ -40,7 +40,17 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
             if kwargs.get(name):
                 raise ValueError(f"{name} is set, but {type(self).__name__} takes single-turn completions; unset it.")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        self._refuse_images()
         self.ranks = Ranks(self.accelerator)
+
+    def _refuse_images(self) -> None:
+        columns = (self.train_dataset.column_names if self.train_dataset is not None else None) or []
+        found = [f"train_dataset has the column {name!r}" for name in ("image", "images") if name in columns]
+        found += ["processing_class is a multimodal processor"] * self._is_vlm
+        if found:
+            raise ValueError(
+                f"{found[0]}, but {type(self).__name__} reads text only; use text prompts and a text model."
+            )
 
     def _compute_loss(self, model, inputs):
         """Advantages times `inputs["credit"]`, (B, T), where a credit method gave factors."""

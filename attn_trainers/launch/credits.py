@@ -21,7 +21,7 @@ CREDITS: dict[str, tuple[type, type[CreditMethod]]] = {
     "rhythm": (RhythmOptions, RhythmCredit),
 }
 # Fields that mean the same to a trainer and to a credit method: set once, for both.
-SHARED = ("end_of_thinking", "success_threshold")
+SHARED = ("accuracy_reward", "end_of_thinking", "success_threshold")
 
 
 def chosen_credit(argv: Sequence[str] | None = None) -> str:

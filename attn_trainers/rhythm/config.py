@@ -1,6 +1,6 @@
 """Settings of Rhythm's trainer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..base.config import MethodConfig
 from .method import RhythmCredit
@@ -11,8 +11,15 @@ from .options import RhythmOptions
 class RhythmConfig(RhythmOptions, MethodConfig):
     r"""
     Configuration class for [`RhythmTrainer`]: the fields of [`RhythmOptions`] and those of [`~trl.GRPOConfig`], with
-    its defaults; `recipes/rhythm_4b.py` has the paper's.
+    its defaults but for one; `recipes/rhythm_4b.py` has the paper's.
+
+    - `vllm_importance_sampling_mode="token_truncate"`: masking whole sequences, TRL's default, would drop a fifth to a
+      third of long responses.
     """
+
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "How the vLLM-to-trainer mismatch is corrected; see GRPOConfig."}
+    )
 
     def __post_init__(self):
         RhythmOptions.__post_init__(self)

@@ -147,6 +147,7 @@ class RhythmCredit(CreditMethod):
                 self.calibration.update(pooled, profiles[0].heads)
                 credit.values["calibrated"] = float(self.calibration.heads is not None)
         if options.rhythm_lambda > 0:
+            credit.columns["reward"] = [None] * len(passes[0].batch.input_ids)
             self._reward_rhythm(credit, passes[0], advantages[0], facts[0], profiles, pooled, context)
         if options.scheme != "none":
             signs = advantages if credit.advantages is None else [_columns(credit.advantages[0])]
@@ -221,6 +222,7 @@ class RhythmCredit(CreditMethod):
             starts = self.token_texts.line_starts(ids) if options.reward_segment == "newline" else None
             rewards.append(rhythm_reward(waad, fai, breadth.cpu(), concentration.cpu(), options, line_starts=starts))
         credit.details.rewards = rewards
+        credit.columns["reward"] = [reward.mean for reward in rewards]
         credit.totals |= metrics.measure_totals(observer.measures, [fai for _, fai in signals])
         self._combine(credit, signal.batch, advantages, rewards, context)
 

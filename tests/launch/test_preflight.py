@@ -218,7 +218,7 @@ def test_end_of_thinking_must_be_in_the_vocabulary(byte_model, tmp_path):
         check_vocabulary(AttnRLConfig(str(tmp_path), end_of_thinking="<stop>", **ATTNRL), tokenizer, Report())
     several = Report()
     args = AttnRLConfig(str(tmp_path), end_of_thinking="<stop>", **ATTNRL)
-    check_vocabulary(args, load_tokenizer(byte_model), several)
+    args.preflight(load_model_config(str(byte_model)), load_tokenizer(byte_model), several)
     assert several.warnings[0].startswith("end_of_thinking='<stop>' is 6 tokens")
 
 
