@@ -1,5 +1,6 @@
 """A whole inspection on the small model: files, resume, refusals, and the recipe."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from attn_trainers.inspection import run
 from attn_trainers.inspection.run import InspectionArguments, resumed, run_inspection
 from attn_trainers.tiny.arithmetic import sample_problems
+from attn_trainers.tiny.runs import HELD_OUT_SEED
 from tests.helpers import ROOT
 
 
@@ -39,7 +41,7 @@ def test_recipe_reads_given_completions_and_samples_the_others(
     arguments = ["--model", model_dir, "--data", data, "--output_dir", tmp_path / "out", "--max_new_tokens", 20]
     arguments += ["--prompt_template", "{problem}", "--key_focus_heads", "[[1, 0]]", "--step_mode", "paragraphs"]
     command = [sys.executable, ROOT / "recipes/inspect_attention.py", *map(str, arguments)]
-    done = subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, timeout=600, env=environment, capture_output=True, text=True)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted([*PICTURES, "couplings.md", "index.html", "responses.jsonl"])
     text = (tmp_path / "out" / "index.html").read_text()
@@ -49,6 +51,18 @@ def test_recipe_reads_given_completions_and_samples_the_others(
     table = (tmp_path / "out" / "couplings.md").read_text()
     assert "| entropy at WAAD peaks, nats" in table and "1 of 2 responses have no key-focus scores" in table
     assert "| entropy at WAAD peaks, nats" in done.stdout and "Perturbation" not in text
+
+
+def test_tiny_inspects_held_out_problems_as_they_are(tmp_path):
+    specification = importlib.util.spec_from_file_location("inspect_recipe", ROOT / "recipes/inspect_attention.py")
+    recipe = importlib.util.module_from_spec(specification)
+    sys.modules["inspect_recipe"] = recipe  # dataclasses look their module up
+    specification.loader.exec_module(recipe)
+    args = recipe.Arguments(tiny=True, model="m", output_dir=str(tmp_path / "out"), num_problems=3)
+    tiny = recipe.tiny_arguments(args)
+    assert (tiny.model, tiny.prompt_template) == ("m", "{problem}")
+    held_out = sample_problems(3, HELD_OUT_SEED)
+    assert run.read_problems(tiny) == [{"problem": p.text, "answer": p.answer} for p in held_out]
 
 
 @pytest.mark.slow
