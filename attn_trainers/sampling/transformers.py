@@ -24,15 +24,15 @@ from .models import end_token_ids, load_model
 from .requests import GeneratedTokens, GenerationRequest, SamplingSettings, cut_completion
 
 
-# Settings of a GenerationConfig that shape the distribution, each with the value that changes nothing, in the order in
-# which `generate` applies them.
+# Settings of a GenerationConfig that shape the distribution, in the order in which `generate` applies them: the value
+# that changes nothing, the value of which `generate` does not warn where nothing is drawn, and what applies it.
 _WARPERS = {
-    "temperature": (1.0, TemperatureLogitsWarper),
-    "top_k": (0, TopKLogitsWarper),
-    "top_p": (1.0, TopPLogitsWarper),
-    "min_p": (0.0, MinPLogitsWarper),
-    "typical_p": (1.0, TypicalLogitsWarper),
-    "epsilon_cutoff": (0.0, EpsilonLogitsWarper),
+    "temperature": (1.0, 1.0, TemperatureLogitsWarper),
+    "top_k": (0, 50, TopKLogitsWarper),
+    "top_p": (1.0, 1.0, TopPLogitsWarper),
+    "min_p": (0.0, None, MinPLogitsWarper),
+    "typical_p": (1.0, 1.0, TypicalLogitsWarper),
+    "epsilon_cutoff": (0.0, 0.0, EpsilonLogitsWarper),
 }
 _UNSEEDED = {"top_h": None, "eta_cutoff": 0.0, "num_beams": 1}
 
@@ -86,11 +86,11 @@ def seeded_config(
     processors = LogitsProcessorList()
     greedy = copy(config)
     greedy.do_sample = False
-    for name, (neutral, warper) in _WARPERS.items():
+    for name, (neutral, silent, warper) in _WARPERS.items():
         value = getattr(config, name)
         if value is not None and value != neutral:
             processors.append(warper(value))
-        setattr(greedy, name, None)
+        setattr(greedy, name, silent)
     seeds = [torch.randint(2**62, ()).item() if r.seed is None else r.seed for r in requests]
     processors.append(SeededSampling(seeds, device))
     return greedy, processors
@@ -145,14 +145,11 @@ def sample_with_transformers(
     policy = load_model(model, settings.dtype).to(device)
     draws = settings.temperature > 0
     config = GenerationConfig(
-        do_sample=draws,
-        temperature=settings.temperature if draws else None,
-        top_p=settings.top_p if draws else None,
-        top_k=0 if draws else None,
-        eos_token_id=end_token_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=draws, eos_token_id=end_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     policy.generation_config = copy(config)  # what the model was saved with fills no gap
+    if draws:
+        config.update(temperature=settings.temperature, top_p=settings.top_p, top_k=0)
     for start in range(0, len(requests), settings.batch_size):
         with torch.inference_mode():
             batch = generate_batch(policy, requests[start : start + settings.batch_size], config, device)

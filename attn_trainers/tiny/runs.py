@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer
 
+from ..sampling.problems import render_prompt
 from ..sampling.requests import GenerationRequest
 from ..tables import markdown_table
 from .arithmetic import Problem, WarmStart, prompt_messages, sample_problems, warm_start
@@ -111,7 +112,7 @@ def evaluate_held_out(trainer, problems: Sequence[Problem], num_samples: int, se
     own = list(enumerate(problems))[rank::num_ranks]
     requests = []
     for index, problem in own:
-        text = tokenizer.apply_chat_template(prompt_messages(problem), add_generation_prompt=True, tokenize=False)
+        text = render_prompt(tokenizer, prompt_messages(problem), trainer.args.chat_template_kwargs)
         ids = tokenizer(text)["input_ids"]
         seeds = [(seed * 1_000_003 + index) * 1_009 + sample for sample in range(num_samples)]
         requests += [GenerationRequest(ids, trainer.max_completion_length, s) for s in seeds]

@@ -99,6 +99,17 @@ def test_transformers_generation_honours_each_limit_and_the_order(make_trainer):
         assert result.logps is None
 
 
+def test_seeds_make_samples_of_transformers_repeatable_in_any_batch(make_trainer):
+    trainer = make_trainer(temperature=0.9, top_p=0.95, repetition_penalty=1.1)
+    requests = [GenerationRequest([20 + i] * (1 + i % 4), max_tokens=2 + i, seed=100 + i) for i in range(11)]
+    results = trainer.generate_requests(requests)
+    torch.manual_seed(1)
+    assert trainer.generate_requests(requests[::-1])[::-1] == results
+    assert trainer.generate_requests(requests[3:4]) == results[3:4]
+    others = [GenerationRequest(r.prompt_ids, r.max_tokens, r.seed + 1) for r in requests]
+    assert trainer.generate_requests(others) != results
+
+
 def test_a_request_without_room_is_refused(make_trainer):
     with pytest.raises(ValueError, match="max_tokens=0 leaves nothing to generate"):
         make_trainer().generate_requests([GenerationRequest([20], max_tokens=0)])

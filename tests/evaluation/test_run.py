@@ -1,7 +1,9 @@
 """Statistics by closed forms; runs, resume and adapters with a real tiny model on both backends."""
 
 import json
+import logging
 import math
+import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +27,7 @@ from attn_trainers.evaluation.statistics import (
     summary_table,
 )
 from attn_trainers.sampling.models import load_tokenizer
+from attn_trainers.sampling.problems import prompt_token_ids
 from attn_trainers.sampling.requests import count_thinking_tokens
 from attn_trainers.tiny.byte_model import build_byte_model, build_byte_tokenizer
 
@@ -194,6 +197,76 @@ def test_unusable_arguments_are_refused(arguments):
         replace(arguments, data=arguments.data * 2)
     with pytest.raises(ValueError, match=r"no \{problem\}"):
         replace(arguments, prompt_template="Solve it.")
+
+
+# The model's positions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_model(model, tmp_path):
+    """The model as if it were made for 110 tokens; the prompts of the sums have a little over 90."""
+    folder = tmp_path / "short"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 110}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_new_tokens_end_with_the_models_positions_and_the_report_says_so(arguments, short_model, caplog):
+    data = Path(arguments.data[0])
+    data.write_text(data.read_text() + json.dumps({"problem": "30+30?", "answer": "60"}) + "\n")
+    args = replace(arguments, model=short_model, max_new_tokens=None)
+    prompts = [
+        len(prompt_token_ids(load_tokenizer(short_model), json.loads(line)["problem"], args.prompt_template))
+        for line in data.read_text().splitlines()
+    ]
+    with caplog.at_level(logging.WARNING, "attn_trainers.evaluation"):
+        evaluate(args)
+    records = records_of(args)
+    assert [110 - prompts[r.problem] >= r.num_tokens for r in records] == [True] * 8
+    assert any(r.num_tokens == 110 - prompts[r.problem] and r.truncated for r in records)
+    note = (
+        f"8 of 8 completions are limited by the 110 positions of the model: to {110 - max(prompts)} new tokens or "
+        "more instead of 32768."
+    )
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("attn_trainers.")] == [note]
+    assert (Path(args.output) / "report.md").read_text().endswith(f"\n\n{note}\n")
+    # With fewer samples the run is complete: the count is that of the evaluation, not of what was drawn this time.
+    evaluate(replace(args, num_samples=1))
+    assert "\n4 of 4 completions are limited" in (Path(args.output) / "report.md").read_text()
+
+
+def test_a_limit_that_was_asked_for_and_does_not_fit_is_refused_before_anything_is_kept(arguments, short_model):
+    longest = len(prompt_token_ids(load_tokenizer(short_model), "2+2?", arguments.prompt_template))
+    args = replace(arguments, model=short_model, max_new_tokens=111 - longest)
+    message = (
+        f"max_new_tokens={111 - longest} and a prompt of {longest} tokens exceed the 110 positions of the model; "
+    )
+    with pytest.raises(ValueError, match=f"{message}set max_new_tokens to at most {110 - longest}, or leave it out"):
+        evaluate(args)
+    assert not Path(args.output).exists()  # so that the corrected run is not refused for other settings
+    evaluate(replace(args, max_new_tokens=110 - longest))
+    assert "limited" not in (Path(args.output) / "report.md").read_text()
+
+
+# The chat template -----------------------------------------------------------------------------------
+
+
+def test_template_arguments_reach_the_prompt_and_are_a_setting_of_the_run(arguments, model, tmp_path):
+    hybrid = tmp_path / "hybrid"
+    shutil.copytree(model, hybrid)
+    tokenizer = load_tokenizer(hybrid)
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>' }}{% endif %}"
+    tokenizer.save_pretrained(hybrid)
+    plain = replace(arguments, model=str(hybrid))
+    off = replace(plain, output=f"{plain.output}-off", chat_template_kwargs='{"enable_thinking": false}')
+    for args in (plain, off):
+        evaluate(args)
+    # The prompt opens the thinking, and nothing closes it: all of a completion counts as thinking.
+    assert all(r.num_thinking_tokens == r.num_tokens for r in records_of(off))
+    assert not all(r.num_thinking_tokens == r.num_tokens for r in records_of(plain))
+    with pytest.raises(ValueError, match=r"other settings \(chat_template_kwargs\)"):
+        evaluate(replace(off, chat_template_kwargs=None))
 
 
 def test_comparison_of_two_runs(arguments, tmp_path):

@@ -123,7 +123,7 @@ def test_settings_that_know_no_seeds_are_refused(settings):
         seeded_config(config_of(**settings), [GenerationRequest([1], 1, 0)], "cpu")
 
 
-def test_samples_come_with_the_index_of_their_request_whatever_the_batch_size(folder):
+def test_samples_come_with_the_index_of_their_request_whatever_the_batch_size(folder, caplog):
     tokenizer = load_tokenizer(folder)
     requests = [GenerationRequest([20 + i], 3 + i, seed=i) for i in range(5)]
     runs = []
@@ -132,3 +132,4 @@ def test_samples_come_with_the_index_of_their_request_whatever_the_batch_size(fo
         runs.append({i: s.token_ids for i, s in sample_with_transformers(folder, settings, tokenizer, requests)})
     assert runs[0] == runs[1]
     assert [len(runs[0][i]) for i in range(5)] == [3, 4, 5, 6, 7]
+    assert caplog.messages == []  # nothing of settings that would be ignored
