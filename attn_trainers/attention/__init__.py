@@ -39,12 +39,13 @@ def forward_context_influence(
     step_ranges: Sequence[Sequence[tuple[int, int]]],
     stop_steps: Sequence[int] | None = None,
     delta: int = 4,
+    aggregation: str = "sum",
 ) -> list[Tensor]:
     """Forward context influence y_k of every step (AttnRL, arXiv 2509.26628, eq. 4 to 6), in a forward of its own.
 
     alpha[j, k] is the mean attention weight from the tokens of step j to the tokens of step k, and
-    y_k = max over layers and query heads of the sum over j >= k + delta of alpha[j, k]. Zero for the prompt (entry 0),
-    the first response step, the last delta steps and, where thinking ends in step s, every k >= s.
+    y_k = max over layers and query heads of the sum (or mean) over j >= k + delta of alpha[j, k]. Zero for the prompt
+    (entry 0), the first response step, the last delta steps and, where thinking ends in step s, every k >= s.
 
     Args:
         model: transformers decoder, plain or wrapped.
@@ -54,14 +55,16 @@ def forward_context_influence(
             the sequence's first real token.
         stop_steps: per sequence, index of the step that holds the end of thinking, or -1.
         delta: least distance in steps.
+        aggregation: over the later steps j, "sum" (published) or "mean".
 
     Returns:
         Per sequence (num_ranges,) float32, an attention weight per query and key token; empty for a row of padding.
 
     Raises:
-        ValueError: for ranges that overlap or leave their sequence, or an architecture that cannot be observed.
+        ValueError: for ranges that overlap or leave their sequence, an unknown aggregation, or an architecture that
+            cannot be observed.
     """
-    observer = InfluenceObserver(attention_mask, step_ranges, stop_steps, delta)
+    observer = InfluenceObserver(attention_mask, step_ranges, stop_steps, delta, aggregation)
     forward_for_attention(model, input_ids, attention_mask, observer)
     return observer.result()
 

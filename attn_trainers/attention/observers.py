@@ -15,6 +15,8 @@ from .capture import LayerAttention
 from .pooling import lagged_step_attention, received_attention
 
 
+INFLUENCE_AGGREGATIONS = ("sum", "mean")
+
 StepRanges = Sequence[Sequence[tuple[int, int]]]
 
 
@@ -131,30 +133,42 @@ class InfluenceObserver(BatchObserver):
     """Forward context influence of every step (AttnRL eq. 4 to 6), over all layers and heads.
 
     alpha[j, k] = mean over the query tokens of step j and the key tokens of step k of the attention weights;
-    y_k = max over layers and query heads of the sum over steps j >= k + delta of alpha[j, k]. Zero for the prompt, the
-    first response step, the last delta steps and, where thinking ends, from the step that ends it on.
+    y_k = max over layers and query heads of the sum (or mean) over steps j >= k + delta of alpha[j, k]. Zero for the
+    prompt, the first response step, the last delta steps and, where thinking ends, from the step that ends it on.
 
     Args:
         attention_mask: (B, T), 1 for real tokens.
         step_ranges: per row, half-open (start, end) token ranges, entry 0 the prompt; padding is not counted.
         stop_steps: per row, index of the step that holds the end of thinking, or -1; None for no such step in any row.
         delta: least distance in steps between a step and those whose attention counts.
+        aggregation: over the later steps, "sum" (published) or "mean", which does not favour early steps by the number
+            of steps that follow them.
 
     Raises:
-        ValueError: for ranges that overlap or leave the sequence, and a negative delta.
+        ValueError: for ranges that overlap or leave the sequence, a negative delta and an unknown aggregation.
     """
 
     def __init__(
-        self, attention_mask: Tensor, step_ranges: StepRanges, stop_steps: Sequence[int] | None = None, delta: int = 4
+        self,
+        attention_mask: Tensor,
+        step_ranges: StepRanges,
+        stop_steps: Sequence[int] | None = None,
+        delta: int = 4,
+        aggregation: str = "sum",
     ):
         super().__init__(attention_mask, layers=None)
+        if aggregation not in INFLUENCE_AGGREGATIONS:
+            raise ValueError(
+                f"influence_aggregation={aggregation!r} is unknown; set it to one of "
+                f"{', '.join(INFLUENCE_AGGREGATIONS)}."
+            )
         if delta < 0:
             raise ValueError(f"delta={delta}: the distance between steps must be 0 or more (the paper uses 4).")
         self.steps = check_ranges(step_ranges, [count for _, count in self.spans])
         stops = [-1] * len(self.steps) if stop_steps is None else [int(stop) for stop in stop_steps]
         if len(stops) != len(self.steps):
             raise ValueError(f"stop_steps has {len(stops)} entries, step_ranges {len(self.steps)}; pass one per row.")
-        self.delta = delta
+        self.delta, self.aggregation = delta, aggregation
         self._columns = [
             range(2, min(len(steps) - delta, stop if stop > 0 else len(steps)))
             for steps, stop in zip(self.steps, stops, strict=True)
@@ -168,7 +182,14 @@ class InfluenceObserver(BatchObserver):
         if not columns:
             return
         per_head = lagged_step_attention(
-            query, key, layer.scaling, layer.sliding_window, self.steps[row], columns, self.delta
+            query,
+            key,
+            layer.scaling,
+            layer.sliding_window,
+            self.steps[row],
+            columns,
+            self.delta,
+            self.aggregation,
         )  # (H, columns)
         best = self._influence[row][columns.start : columns.stop]
         torch.maximum(best, per_head.amax(dim=0).to(best.device), out=best)

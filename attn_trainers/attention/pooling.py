@@ -74,11 +74,13 @@ def lagged_step_attention(
     steps: list[tuple[int, int]],
     columns: range,
     delta: int,
+    aggregation: str = "sum",
 ) -> Tensor:
     """Attention that each step of `columns` receives from the steps at least `delta` after it, per head.
 
     y[h, k] = sum over steps j >= k + delta of alpha[h, j, k], where alpha is the mean over the query tokens of j and
-    over the key tokens of k of the attention weights (AttnRL eq. 5 and 6, for one layer).
+    over the key tokens of k of the attention weights (AttnRL eq. 5 and 6, for one layer). The mean over these steps
+    does not grow with their number, as the sum does, which early steps have more of.
 
     Args:
         query: (H, n, D).
@@ -88,6 +90,7 @@ def lagged_step_attention(
         steps: all steps of the sequence as half-open token ranges, ascending, disjoint, none empty.
         columns: consecutive indices k of `steps` to compute; each k + delta is an index of `steps`.
         delta: least distance in steps.
+        aggregation: over the later steps, "sum" (published) or "mean".
 
     Returns:
         (H, len(columns)) float32.
@@ -104,7 +107,9 @@ def lagged_step_attention(
         sums += rows.weighted(fused_attention(query, key, value, scaling, causal=True), 0, 0)
     else:
         _pool_two_levels(query, key, scaling, starts, ends, rows, sums)
-    return sums / torch.tensor([end - start for start, end in zip(starts, ends, strict=True)], device=sums.device)
+    later = [len(steps) - delta - k if aggregation == "mean" else 1 for k in columns]
+    sizes = [(end - start) * count for start, end, count in zip(starts, ends, later, strict=True)]
+    return sums / torch.tensor(sizes, device=sums.device)
 
 
 class _RowWeights:

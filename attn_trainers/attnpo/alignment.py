@@ -1,19 +1,13 @@
-"""Steps on the tokens that were sampled.
-
-A step is found in the text and used on tokens. Tokenising the text again would not give the sampled ids back, so the
-characters of each sampled token are found by decoding the ids piece by piece.
-"""
+"""Steps on the tokens that were sampled: a step is found in the text and used on tokens."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .steps import END_OF_THINKING, Step
-
-
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character (yet)
-_WINDOW = 16  # tokens decoded together before the window moves on
-_LONGEST_WAIT = 64  # tokens after which the window moves on even if they gave no character
+from ..thinking import END_OF_THINKING, ThinkingTags, answer_start, special_ids, tokens_holding
+from ..token_spans import token_char_spans
+from .steps import Step
 
 
 @dataclass
@@ -21,14 +15,16 @@ class StepAlignment:
     """Token ranges of a completion's reasoning steps.
 
     Attributes:
-        step_ranges: Half-open (start, end) token ranges, relative to the completion. They are contiguous, start at 0
-            and end at the first token of `</think>`; empty when `reason` is set.
-        kinds: Kind of each step.
-        texts: Text of each step; together they are the thinking text.
-        answer_start: First token after `</think>`; the answer runs from there to the end of the completion, its
-            end-of-sequence token included. None without a unique `</think>`.
-        reason: Why the completion has no usable steps, or None: "no_end_of_thinking", "several_end_of_thinking",
-            "no_answer" (nothing after `</think>`), "too_few_steps" (fewer than two).
+        step_ranges: half-open (start, end) token ranges, relative to the completion. They are contiguous, start at 0
+            (behind the opening of the thinking, where the completion wrote one) and end where the end of thinking (or,
+            without tags, the answer) begins; empty when `reason` is set.
+        kinds: kind of each step.
+        texts: text of each step; together they are the thinking text.
+        answer_start: first token of the answer, which runs from there to the end of the completion, its
+            end-of-sequence token included. None without a unique end of thinking, or without an answer to be found.
+        reason: why the completion has no usable steps, or None: "no_end_of_thinking", "several_end_of_thinking",
+            "no_answer" (nothing after the end of thinking; without tags: no place where an answer begins),
+            "too_few_steps" (fewer than two).
     """
 
     step_ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -38,127 +34,118 @@ class StepAlignment:
     reason: str | None = None
 
 
-def token_char_spans(tokenizer, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Text of sampled ids and the characters each id stands for.
-
-    The ids are decoded in a sliding window that begins a few tokens back, so that a decoder that strips the space
-    before its first token strips it from a token already accounted for. Text that ends in the replacement character
-    may be a character whose bytes are spread over several tokens; it waits for the next token. Linear in the number of
-    ids.
-
-    The text is that of decoding all ids at once, but for a run of SentencePiece byte tokens with an invalid byte:
-    there, decoding at once replaces the run's valid characters too, while some of them may be kept here.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        ids: (n,) token ids, special ones included; they are decoded to their text.
-
-    Returns:
-        The text, and per token a half-open (start, end) of offsets into it. Starts and ends never decrease, and the
-        spans cover the text. Tokens that share a character all have it in their span; one without text has an empty
-        span.
-    """
-    reader = _SpanReader(tokenizer, [int(token) for token in ids])
-    return reader.read()
-
-
-class _SpanReader:
-    """One pass over the ids. `known` is the decoded window ids[window : next], whose first character is at `base`."""
-
-    def __init__(self, tokenizer, ids: list[int]):
-        self.tokenizer, self.ids = tokenizer, ids
-        self.window, self.base, self.known = 0, 0, ""
-        self.group = 0  # first token since the text was last complete
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.chunks: list[str] = []  # settled text in front of the window
-        self.settled = 0  # offset up to which the text is complete
-
-    def decode(self, begin: int, end: int) -> str:
-        # Cleaning up spaces would change characters that are already accounted for.
-        return self.tokenizer.decode(
-            self.ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-    def read(self) -> tuple[str, list[tuple[int, int]]]:
-        for index in range(len(self.ids)):
-            text = self.decode(self.window, index + 1)
-            waited = index + 1 - self.group >= _LONGEST_WAIT
-            complete = text if waited else text.rstrip(REPLACEMENT)
-            # Replacement characters that stay in front of new text are characters of their own, not a beginning.
-            stays = len(complete) > len(self.known) and complete.startswith(self.known)
-            self.starts.append(max(self.settled, self.base + len(self.known)) if stays else self.settled)
-            self.ends.append(self.base + len(text))
-            grown = self.base + len(complete) > self.settled
-            self.settled = max(self.settled, self.base + len(complete))
-            self.known = text
-            if waited or (grown and len(complete) == len(text)):
-                self._close_group(index + 1)
-        return self._result()
-
-    def _close_group(self, end: int) -> None:
-        for token in range(self.group, end):
-            self.ends[token] = min(self.ends[token], self.settled)
-        if end - self.window >= _WINDOW:
-            context = self.decode(self.group, end)
-            # The next window begins with this group. It takes the stripped space, so it must have text of its own.
-            if context or end - self.window >= _LONGEST_WAIT:
-                passed = max(len(self.known) - len(context), 0)
-                self.chunks.append(self.known[:passed])
-                self.window, self.base, self.known = self.group, self.base + passed, self.known[passed:]
-        self.group = end
-
-    def _result(self) -> tuple[str, list[tuple[int, int]]]:
-        text = "".join(self.chunks) + self.known
-        spans, start, end = [], 0, 0
-        for token_start, token_end in zip(self.starts, self.ends, strict=True):
-            start = min(max(start, token_start), len(text))
-            end = max(end, start, min(token_end, len(text)))
-            spans.append((start, end))
-        return text, spans
-
-
 def reasoning_step_ranges(
     tokenizer,
     completion_ids: Sequence[int],
     *,
     splitter: Callable[[str], list[Step]],
     end_of_thinking: str = END_OF_THINKING,
+    answer: str = "tag",
 ) -> StepAlignment:
-    """Token ranges of the reasoning steps of one sampled completion.
+    r"""Token ranges of the reasoning steps of one sampled completion.
 
     A token belongs to the step that holds its first character that is no white space (its first character if it has no
-    other), since tokens carry the space before their word. Every token before `</think>` is in exactly one step; a
-    token that holds any character of `</think>` is in none. A step that gets no token is merged into its neighbour.
+    other), since tokens carry the space before their word. Every token of the thinking is in exactly one step; a token
+    that holds any character of the end of thinking is in none, nor is one that holds any of an opening that the
+    completion begins with. A step that gets no token is merged into its neighbour.
 
     Args:
-        tokenizer: The tokenizer that the ids belong to.
+        tokenizer: the tokenizer that the ids belong to.
         completion_ids: (n,) sampled ids without padding.
-        splitter: Cuts the thinking text into steps that partition it, e.g. `split_reasoning`.
-        end_of_thinking: The text that ends the thinking, of one token or several.
+        splitter: cuts the thinking text into steps that partition it, e.g. `split_reasoning`.
+        end_of_thinking: the text that ends the thinking, of one token or several.
+        answer: where the answer begins. "tag": after `end_of_thinking`. Experimental, for models that write no tags:
+            "last_boxed", at the last `\boxed{}`, or "last_paragraph"; all before it is the thinking.
 
     Returns:
         The ranges, or none and the reason.
+
+    Raises:
+        ValueError: for an unknown `answer`.
     """
     text, spans = token_char_spans(tokenizer, completion_ids)
-    marker = text.find(end_of_thinking)
-    if marker < 0:
-        return StepAlignment(reason="no_end_of_thinking")
-    marker_end = marker + len(end_of_thinking)
-    if text.find(end_of_thinking, marker_end) >= 0:
-        return StepAlignment(reason="several_end_of_thinking")
-    # Starts and ends never decrease, so the tokens that hold a character of the marker are found by bisection.
-    thinking_end = bisect_left(spans, marker + 1, key=lambda span: span[1])
-    answer_start = bisect_left(spans, marker_end, key=lambda span: span[0])
-    if answer_start == len(spans):
-        return StepAlignment(answer_start=answer_start, reason="no_answer")
+    tags = ThinkingTags(end_of_thinking)
+    begin = tags.body_start(text)
+    if answer == "tag":
+        marker = text.find(tags.end, begin)
+        if marker < 0:
+            return StepAlignment(reason="no_end_of_thinking")
+        marker_end = marker + len(tags.end)
+        if text.find(tags.end, marker_end) >= 0:
+            return StepAlignment(reason="several_end_of_thinking")
+        thinking_end, answer_token = tokens_holding(spans, marker, marker_end)
+    else:
+        marker = answer_start(text[: _written_end(tokenizer, completion_ids, spans)], answer)
+        if marker is None:
+            return StepAlignment(reason="no_answer")
+        # A token that holds the first character of the answer is the answer's.
+        thinking_end = answer_token = tokens_holding(spans, marker, marker)[0]
+    if answer_token == len(spans):
+        return StepAlignment(answer_start=answer_token, reason="no_answer")
 
     thinking = text[:marker]
-    anchors = [_anchor(thinking, start, end) for start, end in spans[:thinking_end]]
-    ranges, kinds, texts = _token_ranges(splitter(thinking), thinking, anchors)
+    first = bisect_left(spans, begin, key=lambda span: span[0]) if begin else 0
+    anchors = [_anchor(thinking, start, end) - begin for start, end in spans[first:thinking_end]]
+    ranges, kinds, texts = _token_ranges(splitter(thinking[begin:]), thinking[begin:], anchors)
     if len(ranges) < 2:
-        return StepAlignment(answer_start=answer_start, reason="too_few_steps")
-    return StepAlignment(ranges, kinds, texts, answer_start)
+        return StepAlignment(answer_start=answer_token, reason="too_few_steps")
+    return StepAlignment([(first + start, first + end) for start, end in ranges], kinds, texts, answer_token)
+
+
+def exclusion_warning(
+    reasons: Sequence[str | None], texts: Sequence[str] = (), *, end_of_thinking: str, answer: str
+) -> str | None:
+    r"""What to tell the user where more than half of a batch's responses have no usable steps; None otherwise.
+
+    Args:
+        reasons: `StepAlignment.reason` of each response.
+        texts: the responses; what they hold decides which setting is advised. May be left out.
+        end_of_thinking: the setting.
+        answer: the setting.
+    """
+    counts = Counter(reason for reason in reasons if reason is not None)
+    excluded = counts.total()
+    if 2 * excluded <= len(reasons):
+        return None
+    reason, count = counts.most_common(1)[0]
+    boxed = sum(answer_start(text, "last_boxed") is not None for text in texts)
+    if reason == "no_end_of_thinking":
+        without_tags = (
+            f'answer="last_boxed" ({boxed} of {len(texts)} hold a \\boxed{{}})'
+            if 2 * boxed > len(texts)
+            else 'answer="last_paragraph", or "last_boxed" with a prompt that asks for \\boxed{}'
+        )
+        advice = (
+            f"end_of_thinking={end_of_thinking!r} is not in them. If the model ends its thinking otherwise, set "
+            f"end_of_thinking to that text; if it writes no thinking tags, set {without_tags}; if the responses are "
+            "cut off, raise max_completion_length."
+        )
+    elif reason == "several_end_of_thinking":
+        advice = (
+            f"end_of_thinking={end_of_thinking!r} is in them more than once. Set end_of_thinking to a text that "
+            "stands once in a response."
+        )
+    elif reason == "no_answer" and answer == "last_boxed":
+        advice = (
+            'they hold no closed \\boxed{}. Ask for one in the prompt, set answer="last_paragraph", or raise '
+            "max_completion_length if they are cut off."
+        )
+    elif reason == "no_answer":
+        advice = "nothing follows the thinking. Raise max_completion_length if the responses are cut off."
+    else:
+        advice = (
+            'their thinking is one step. Set step_mode="paragraphs" if the model uses none of the phrases that open a '
+            "step, or lower min_step_chars."
+        )
+    return f"{excluded} of {len(reasons)} responses get no step credit, {count} for {reason}: {advice}"
+
+
+def _written_end(tokenizer, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> int:
+    """Offset of the end of the text, less the special tokens (end of sequence) that it ends with."""
+    special, last = special_ids(tokenizer), len(ids)
+    while last and int(ids[last - 1]) in special:
+        last -= 1
+    return spans[last - 1][1] if last else 0
 
 
 def _anchor(thinking: str, start: int, end: int) -> int:

@@ -1,24 +1,59 @@
 """The correctness that AttnPO shortens by."""
 
 from ..rewards import math_accuracy_reward
+from ..thinking import END_OF_THINKING, ThinkingTags, answer_start, check_answer
 
 
-def closed_thinking_accuracy_reward(completions, answer, log_metric=None, **kwargs) -> list[float]:
-    """TRL reward function: `math_accuracy` of responses that close their thinking once, 0 for all others.
+def get_closed_thinking_accuracy_reward(
+    end_of_thinking: str = END_OF_THINKING, answer: str = "tag", accuracy_reward=math_accuracy_reward
+):
+    r"""TRL reward function: correctness of responses whose thinking is told from their answer, 0 for all others.
 
-    A response without `</think>` has no final answer, though its thinking may hold one, and one with several, or with
-    a `<think>` of its own, has no thinking to shorten: AttnPO's published grader calls them wrong.
+    With `answer="tag"` the thinking must end once. A response without an end has no final answer, though its thinking
+    may hold one, and one with several, or that opens its thinking again, has no thinking to shorten: AttnPO's
+    published grader calls them wrong. A response that begins with the opening, as a model writes it whose chat
+    template does not, is graded like one whose template wrote it.
 
     Args:
-        completions: strings, or lists of messages of which the last counts.
-        answer: one accepted answer or list of accepted answers per completion.
-        log_metric: TRL's; receives what `math_accuracy_reward` logs.
+        end_of_thinking: text that ends the thinking, as in the trainer's setting. Where it is a special token, the
+            completions must come with it (`EndOfThinking.text`).
+        answer: as in the trainer's setting, experimental but for "tag": with "last_boxed" a response counts as closed
+            when it holds a closed, filled `\boxed{}`, with "last_paragraph" when it holds any text, of which only the
+            last paragraph is graded.
+        accuracy_reward: a reward function that grades strings by the column `answer`.
+
+    Returns:
+        A reward function of the name `closed_thinking_accuracy_reward`.
+
+    Raises:
+        ValueError: for an empty `end_of_thinking` or an unknown `answer`.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    closed = ["<think>" not in text and text.count("</think>") == 1 for text in texts]
-    # A response that is wrong anyway is not graded.
-    graded = [text if is_closed else "" for text, is_closed in zip(texts, closed, strict=True)]
-    return math_accuracy_reward(graded, answer, log_metric=log_metric)
+    tags, place = ThinkingTags(end_of_thinking), answer
+    check_answer(place)
+
+    def closed_thinking_accuracy_reward(completions, answer, log_metric=None, **kwargs) -> list[float]:
+        texts = [
+            completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions
+        ]
+        # A response that is wrong anyway is not graded.
+        return accuracy_reward([_graded_text(text, tags, place) for text in texts], answer, log_metric=log_metric)
+
+    return closed_thinking_accuracy_reward
+
+
+def _graded_text(text: str, tags: ThinkingTags, answer: str) -> str:
+    """What is graded of a response; empty where its thinking is not told from its answer."""
+    if answer == "tag":
+        return tags.answer_text(text) if tags.closes_once(text) else ""
+    start = answer_start(text, answer)
+    if start is None:
+        return ""
+    # Several boxes may be one answer, so all of them are shown to the grader, which takes the last.
+    return text if answer == "last_boxed" else text[start:]
+
+
+closed_thinking_accuracy_reward = get_closed_thinking_accuracy_reward()
+"""`get_closed_thinking_accuracy_reward` for responses that end their thinking with `</think>`."""
 
 
 def get_length_penalised_accuracy_reward(num_generations: int, penalty: float = 0.2):

@@ -16,15 +16,16 @@ from attn_trainers.attention import (
 HEADS = [(0, 1), (2, 3), (1, 0), (2, 0)]
 
 
-def dense_influence(maps, ranges, stop, delta):
-    """AttnRL eq. 4 to 6, literally."""
+def dense_influence(maps, ranges, stop, delta, aggregation="sum"):
+    """AttnRL eq. 4 to 6, literally; with "mean" the sum of eq. 6 is a mean."""
     pool = torch.zeros(len(ranges), maps.shape[-1], dtype=torch.float64)
     for step, (start, end) in enumerate(ranges):
         pool[step, start:end] = 1 / (end - start)
     alpha = pool @ maps @ pool.T  # (L, H, S, S)
     influence = torch.zeros(len(ranges), dtype=torch.float64)
-    for k in range(2, stop if stop > 0 else len(ranges)):
-        influence[k] = alpha[:, :, k + delta :, k].sum(dim=-1).max()
+    for k in range(2, min(stop if stop > 0 else len(ranges), len(ranges) - delta)):
+        later = alpha[:, :, k + delta :, k]
+        influence[k] = (later.mean(dim=-1) if aggregation == "mean" else later.sum(dim=-1)).max()
     return influence
 
 
@@ -33,13 +34,14 @@ def dense_focus(maps, ranges, answer, heads):
     return torch.stack([received[:, start:end].mean(dim=1) for start, end in ranges], dim=1)
 
 
+@pytest.mark.parametrize("aggregation", ["sum", "mean"])
 @pytest.mark.parametrize("delta", [0, 1, 4])
-def test_influence_equals_eager_attention(decoder, batch, eager, delta):
+def test_influence_equals_eager_attention(decoder, batch, eager, delta, aggregation):
     stops = [-1, 180, 5]  # row 1 has 191 steps, many more than the 8 columns of one fused call
-    found = forward_context_influence(decoder, batch.ids, batch.mask, batch.ranges, stops, delta)
+    found = forward_context_influence(decoder, batch.ids, batch.mask, batch.ranges, stops, delta, aggregation)
     for row, influence in enumerate(found):
         maps = eager(decoder, batch.sequence(row))
-        expected = dense_influence(maps, batch.ranges[row], stops[row], delta)
+        expected = dense_influence(maps, batch.ranges[row], stops[row], delta, aggregation)
         assert influence.dtype == torch.float32
         torch.testing.assert_close(influence.double(), expected, rtol=1e-5, atol=0)
 
@@ -91,6 +93,9 @@ def test_uniform_attention_has_a_closed_form(uniform_qwen2):
     expected = [0.0, 0.0, sum(means[6:]), sum(means[7:]), means[8], 0.0, 0.0, 0.0, 0.0]
     found = forward_context_influence(uniform_qwen2, ids, torch.ones_like(ids), [ranges])[0]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=0)
+    means_found = forward_context_influence(uniform_qwen2, ids, torch.ones_like(ids), [ranges], aggregation="mean")[0]
+    averaged = [0.0, 0.0, sum(means[6:]) / 3, sum(means[7:]) / 2, means[8], 0.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(means_found, torch.tensor(averaged), rtol=1e-5, atol=0)
     scores = key_focus_scores(uniform_qwen2, ids, torch.ones_like(ids), [ranges[1:8]], [52], HEADS)[0]
     torch.testing.assert_close(scores, torch.full((7,), sum(1 / (m + 1) for m in range(52, 60))), rtol=1e-5, atol=0)
 
@@ -141,6 +146,8 @@ def test_arguments_off_the_sequence_are_refused(qwen2):
         InfluenceObserver(mask, good, [-1])
     with pytest.raises(ValueError, match="delta=-1"):
         InfluenceObserver(mask, good, delta=-1)
+    with pytest.raises(ValueError, match="influence_aggregation='max'"):
+        InfluenceObserver(mask, good, aggregation="max")
     with pytest.raises(ValueError, match="attention_mask row 1 has padding between"):
         InfluenceObserver(torch.tensor([[1, 1, 0], [1, 0, 1]]), [[], []])
     with pytest.raises(ValueError, match=r"answer_starts\[0\]=5"):

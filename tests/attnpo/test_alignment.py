@@ -3,152 +3,18 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from attn_trainers.attnpo.alignment import reasoning_step_ranges, token_char_spans
+from attn_trainers.attnpo.alignment import exclusion_warning, reasoning_step_ranges
 from attn_trainers.attnpo.steps import Step, split_paragraphs, split_reasoning
-
-
-CORPUS = [
-    "Okay, so I need to compute the sum.\n\nWait, that is wrong. Let me check again.\n",
-    "So the answer is 42.\n**Final Answer** $x = \\frac{1}{2}$ 答案是四十二。 Ответ: 🙂🙃 naïve café",
-] * 20
-
-
-def byte_tokenizer(vocab_size: int, *, special_end: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 256 byte tokens and, with a larger vocabulary, merges learned from the corpus."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(["<eos>"])
-    if special_end:
-        tokenizer.add_tokens([AddedToken("</think>", normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """As in Llama 2: words carry a leading block for the space, unknown characters fall back to one token a byte."""
-    pieces = ["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁So", "▁it", "▁is", "So", "is", "x"]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+from tests.token_helpers import byte_tokenizer, ids_of, llama_tokenizer, piece_tokenizer
 
 
 BYTES = byte_tokenizer(256, special_end=False)
 BPE = byte_tokenizer(420, special_end=True)
 LLAMA = llama_tokenizer()
-BYT5 = ByT5Tokenizer()
 
 tokenizers_under_test = pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 any_text = st.text(st.one_of(st.sampled_from("So wait\n .🙂é答\u0301\u200d\ufffd"), st.characters(codec="utf-8")))
-
-
-def byte_spans(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
-    """Reference: which characters the bytes of each token lie in."""
-    decode_byte = {char: byte for byte, char in _byte_alphabet().items()}
-    pieces = [
-        token.encode() if token in ("<eos>", "</think>") else bytes(decode_byte[char] for char in token)
-        for token in tokenizer.convert_ids_to_tokens(ids)
-    ]
-    owner = [index for index, char in enumerate(b"".join(pieces).decode()) for _ in char.encode()]
-    spans, offset = [], 0
-    for piece in pieces:
-        spans.append((owner[offset], owner[offset + len(piece) - 1] + 1))
-        offset += len(piece)
-    return spans
-
-
-def _byte_alphabet() -> dict[int, str]:
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = {byte: chr(byte) for byte in shown}
-    alphabet |= {byte: chr(256 + rank) for rank, byte in enumerate(b for b in range(256) if b not in alphabet)}
-    return alphabet
-
-
-@tokenizers_under_test
-@settings(deadline=None, max_examples=150)
-@given(text=st.text(st.sampled_from("So wait\n .🙂é答\u0301\u200dЖ"), max_size=60))
-def test_spans_are_the_characters_of_the_tokens_bytes(tokenizer, text):
-    ids = tokenizer.encode(text)
-    decoded, spans = token_char_spans(tokenizer, ids)
-    assert decoded == text
-    assert spans == byte_spans(tokenizer, ids)
-
-
-@tokenizers_under_test
-@settings(deadline=None, max_examples=150)
-@given(data=st.data())
-def test_spans_cover_the_text_of_any_ids(tokenizer, data):
-    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=200))
-    text, spans = token_char_spans(tokenizer, ids)
-    assert len(spans) == len(ids)
-    assert text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    covered = previous = 0
-    for start, end in spans:
-        assert previous <= start <= covered <= end
-        previous, covered = start, end
-    assert covered == len(text)
-
-
-def test_a_character_over_several_tokens_is_in_the_span_of_each():
-    ids = BYTES.encode("a🙂b")
-    assert len(ids) == 6
-    assert token_char_spans(BYTES, ids) == ("a🙂b", [(0, 1), (1, 2), (1, 2), (1, 2), (1, 2), (2, 3)])
-
-
-def test_a_literal_replacement_character_is_a_character_of_its_own():
-    ids = BYTES.encode("a\ufffdb")
-    assert token_char_spans(BYTES, ids)[1] == [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
-
-
-@pytest.mark.parametrize("repeat", [1, 3, 40])
-def test_leading_space_of_sentencepiece_is_stripped_once(repeat):
-    ids = LLAMA.convert_tokens_to_ids(["▁So", "▁it", "▁is", "▁"] * repeat)
-    text, spans = token_char_spans(LLAMA, ids)
-    assert text == LLAMA.decode(ids, clean_up_tokenization_spaces=False) == (" So it is " * repeat)[1:]
-    lengths = [end - start for start, end in spans]
-    assert lengths == [2] + ([3, 3, 1, 3] * repeat)[:-1]
-
-
-def test_byte_fallback_tokens_share_their_character():
-    pieces = ["▁So", *(f"<0x{byte:02X}>" for byte in "答🙂".encode()), "▁is"]
-    text, spans = token_char_spans(LLAMA, LLAMA.convert_tokens_to_ids(pieces))
-    assert text == "So答🙂 is"
-    assert spans == [(0, 2)] + [(2, 3)] * 3 + [(3, 4)] * 4 + [(4, 7)]
-
-
-@settings(deadline=None, max_examples=150)
-@given(ids=st.lists(st.integers(0, len(LLAMA) - 1), max_size=120))
-def test_spans_cover_the_text_of_any_ids_with_byte_fallback(ids):
-    text, spans = token_char_spans(LLAMA, ids)
-    covered = previous = 0
-    for start, end in spans:
-        assert previous <= start <= covered <= end
-        previous, covered = start, end
-    assert (len(spans), covered) == (len(ids), len(text))
-
-
-def test_decoder_that_drops_incomplete_characters():
-    text = "答案是🙂四十二。" * 12
-    decoded, spans = token_char_spans(BYT5, BYT5.encode(text, add_special_tokens=False))
-    assert decoded == text
-    assert spans[0] == (0, 0) and spans[2] == (0, 1) and spans[-1] == (len(text) - 1, len(text))
-
-
-def test_tokens_without_text_have_empty_spans():
-    unused = len(BPE) + 5
-    a, b = BPE.encode("a")[0], BPE.encode("b")[0]
-    text, spans = token_char_spans(BPE, [a] + [unused] * 100 + [b])
-    assert text == "ab"
-    assert spans == [(0, 1)] + [(1, 1)] * 100 + [(1, 2)]
 
 
 THINKING = (
@@ -239,19 +105,102 @@ def test_paragraph_steps(tokenizer, paragraphs):
     assert [text.strip() for text in alignment.texts] == [paragraph.strip() for paragraph in paragraphs]
 
 
-def test_number_of_decoded_tokens_is_linear():
-    class Counting:
-        decoded = 0
+def test_an_opening_that_the_completion_writes_is_in_no_step():
+    answer = "</think>\n\nFive: \\boxed{5}<eos>"
+    opened_by_prompt = reasoning_step_ranges(BPE, BPE.encode(THINKING + answer), splitter=split_reasoning)
+    opening = BPE.encode("<think>")
+    alignment = reasoning_step_ranges(BPE, opening + BPE.encode(THINKING + answer), splitter=split_reasoning)
+    shift = len(opening)
+    assert shift > 1
+    assert alignment.step_ranges == [(start + shift, end + shift) for start, end in opened_by_prompt.step_ranges]
+    assert alignment.answer_start == opened_by_prompt.answer_start + shift
+    assert (alignment.kinds, alignment.texts) == (opened_by_prompt.kinds, opened_by_prompt.texts)
 
-        def decode(self, ids, **options):
-            self.decoded += len(ids)
-            return BPE.decode(ids, **options)
 
-    counts = []
-    for ids in (BPE.encode(THINKING) * 20, BPE.encode(THINKING) * 40, [BYTES.encode("答")[0]] * 4000):
-        counting = Counting()
-        token_char_spans(counting, ids)
-        counts.append(counting.decoded / len(ids))
-    assert counts[1] == pytest.approx(counts[0], rel=0.02)
-    assert max(counts[:2]) < 16
-    assert counts[2] < 128  # bytes that never make a character: the longest wait, twice
+def test_an_opening_that_ends_inside_a_token():
+    tokenizer = piece_tokenizer("<think", ">\n", "One.", "\n\n", "Two.", "</", "think", ">\n\n", "2")
+    ids = ids_of(tokenizer, "<think", ">\n", "One.", "\n\n", "Two.", "</", "think", ">\n\n", "2")
+    alignment = reasoning_step_ranges(tokenizer, ids, splitter=split_paragraphs)
+    assert (alignment.step_ranges, alignment.answer_start) == ([(2, 4), (4, 5)], 8)
+    assert alignment.texts == ["\nOne.\n\n", "Two."]
+
+
+@pytest.mark.parametrize("end", ["</seed:think>", "[/THINK]", "<|end_of_thought|>"])
+def test_any_text_ends_the_thinking(end):
+    ids = BYTES.encode(f"One.\n\nTwo.{end}2")
+    alignment = reasoning_step_ranges(BYTES, ids, splitter=split_paragraphs, end_of_thinking=end)
+    assert (alignment.step_ranges, alignment.answer_start) == ([(0, 6), (6, 10)], 10 + len(end))
+
+
+WITHOUT_TAGS = "First, 2 + 3 = \\boxed{5}.\n\nThen 5 + 1 = 6.\n\nSo it is $\\boxed{\\frac{6}{1}}$.<eos>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "before"),
+    [
+        ("last_boxed", ["First, 2 + 3 = \\boxed{5}.\n\n", "Then 5 + 1 = 6.\n\n", "So it is $"]),
+        ("last_paragraph", ["First, 2 + 3 = \\boxed{5}.\n\n", "Then 5 + 1 = 6.\n\n"]),
+    ],
+)
+def test_the_answer_of_a_model_without_tags(answer, before):
+    ids = BYTES.encode(WITHOUT_TAGS)
+    alignment = reasoning_step_ranges(BYTES, ids, splitter=split_paragraphs, answer=answer)
+    assert alignment.texts == before
+    assert alignment.answer_start == alignment.step_ranges[-1][1] == len("".join(before))
+    tagged = reasoning_step_ranges(BYTES, ids, splitter=split_paragraphs)
+    assert (tagged.reason, tagged.answer_start) == ("no_end_of_thinking", None)
+
+
+def test_a_token_that_holds_the_beginning_of_the_answer_is_the_answers():
+    tokenizer = piece_tokenizer("One.", "\n\n", "It is", " \\", "boxed", "{1}")
+    ids = ids_of(tokenizer, "One.", "\n\n", "It is", " \\", "boxed", "{1}")
+    alignment = reasoning_step_ranges(tokenizer, ids, splitter=split_paragraphs, answer="last_boxed")
+    assert (alignment.step_ranges, alignment.answer_start) == ([(0, 2), (2, 3)], 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "reason"),
+    [
+        ("", "last_boxed", "no_answer"),
+        ("", "last_paragraph", "no_answer"),
+        ("\n\n<eos>", "last_paragraph", "no_answer"),
+        ("One.\n\nTwo.\n\n\\boxed{", "last_boxed", "no_answer"),
+        ("One.\n\nTwo.\n\n\\boxed{ }", "last_boxed", "no_answer"),
+        ("\\boxed{2}", "last_boxed", "too_few_steps"),
+        ("Two.\n\n<eos>", "last_paragraph", "too_few_steps"),  # the end of sequence is no paragraph
+        ("One.\n\nTwo.\n\n<eos>", "last_paragraph", "too_few_steps"),
+    ],
+)
+def test_reasons_without_tags(text, answer, reason):
+    alignment = reasoning_step_ranges(BPE, BPE.encode(text), splitter=split_paragraphs, answer=answer)
+    assert (alignment.reason, alignment.step_ranges) == (reason, [])
+    assert (alignment.answer_start is None) == (reason == "no_answer")
+
+
+def test_an_unknown_place_of_the_answer_is_refused():
+    with pytest.raises(ValueError, match="answer='first' .*last_boxed"):
+        reasoning_step_ranges(BPE, BPE.encode("a"), splitter=split_paragraphs, answer="first")
+
+
+def test_a_warning_only_where_more_than_half_are_excluded():
+    settings_of = {"end_of_thinking": "</think>", "answer": "tag"}
+    assert exclusion_warning([], **settings_of) is None
+    assert exclusion_warning(["no_answer", None], **settings_of) is None
+    warning = exclusion_warning(["no_answer", None, "too_few_steps", "too_few_steps"], **settings_of)
+    assert warning.startswith("3 of 4 responses get no step credit, 2 for too_few_steps: ")
+    assert 'step_mode="paragraphs"' in warning
+
+
+@pytest.mark.parametrize(
+    ("reason", "texts", "answer", "advised"),
+    [
+        ("no_end_of_thinking", ["\\boxed{1}", "2"], "tag", 'tags, set answer="last_paragraph"'),
+        ("no_end_of_thinking", ["\\boxed{1}", "\\boxed{2}"], "tag", r'answer="last_boxed" (2 of 2 hold a \boxed{})'),
+        ("no_end_of_thinking", [], "tag", "end_of_thinking='</t>' is not in them"),
+        ("several_end_of_thinking", [], "tag", "end_of_thinking='</t>' is in them more than once"),
+        ("no_answer", [], "tag", "nothing follows the thinking. Raise max_completion_length"),
+        ("no_answer", [], "last_boxed", 'Ask for one in the prompt, set answer="last_paragraph"'),
+    ],
+)
+def test_the_warning_says_what_to_set(reason, texts, answer, advised):
+    assert advised in exclusion_warning([reason] * 2, texts, end_of_thinking="</t>", answer=answer)
