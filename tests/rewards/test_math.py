@@ -24,8 +24,8 @@ from attn_trainers.rewards.pool import KILLED, RIGHT, TIMEOUT, WRONG, GradingPoo
 
 
 BENCHMARKS = ["aime24", "aime25", "amc23", "gsm8k", "math500", "minerva", "olympiad"]
-EASY = {"golds": ["\\sqrt{8}"], "texts": ["\\boxed{2\\sqrt{2}}"]}
-ENDLESS = {"golds": ["17"], "texts": ["\\boxed{10^{10^{10^{10}}}}"]}
+EASY = {"pairs": [["\\sqrt{8}", "2\\sqrt{2}"]]}
+ENDLESS = {"pairs": [["17", "10^{10^{10^{10}}}"]]}
 
 
 def boxed(answer: str) -> str:
@@ -256,9 +256,9 @@ import sys, runpy, sympy.parsing.sympy_parser as parser
 grade = runpy.run_path(sys.argv[1])["load_grader"]()
 def fail(*args): raise SystemExit("evaluated " + repr(args[0]))
 parser.eval_expr = fail
-for gold, text in [("6", "it is (1+2)*4/2"), ("1/2", "2^-1"), ("36", "\\\\boxed{\\\\operatorname{lcm}(12,18)}"),
-                   ("f(x+1,2)", "\\\\boxed{f(1+x, 2)}"), ("10", "\\\\boxed{10\\\\%}")]:
-    assert grade({"golds": [gold], "texts": [text]}), text
+for gold, text in [("6", "(1+2)*4/2"), ("1/2", "2^{-1}"), ("36", "\\\\operatorname{lcm}(12,18)"),
+                   ("f(x+1,2)", "f(1+x, 2)"), ("10", "10\\\\%")]:
+    assert grade({"pairs": [[gold, text]]}), text
 print("compared")
 """
     done = subprocess.run([sys.executable, "-c", code, grading_worker.__file__], capture_output=True, text=True)
@@ -275,7 +275,7 @@ def pool():
     pool.close()
 
 
-@pytest.mark.parametrize("answer", ["10^{10^{10^{10}}}", "999999999!", "2^{2^{40}}", "\\prod_{n=1}^{10^{9}} n"])
+@pytest.mark.parametrize("answer", ["10^{10^{10^{10}}}", "999999999!", "2^{2^{40}}", "\\prod_{n=1}^{10^{9}} (n^2+1)"])
 def test_endless_answers_are_counted_as_timeouts(monkeypatch, answer):
     monkeypatch.setattr(rewards, "TIMEOUT_SECONDS", 1.0)
     metrics = {}
@@ -324,7 +324,7 @@ def test_an_idle_worker_that_was_killed_costs_nothing(pool):
 
 def test_memory_is_limited(pool):
     # A matrix of 10^10 entries takes 80 GB as a list: refused by the limit, not by the time.
-    huge = {"golds": ["17"], "texts": ["\\boxed{\\operatorname{zeros}(100000,100000)}"]}
+    huge = {"pairs": [["17", "\\operatorname{zeros}(100000,100000)"]]}
     assert pool.grade([huge], timeout=60.0) == [WRONG]
     pid = pool.workers[0].process.pid
     with open(f"/proc/{pid}/limits") as lines:
