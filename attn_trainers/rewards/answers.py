@@ -2,8 +2,6 @@ r"""What a completion answers: the text that counts, its `\boxed{}` or what it s
 
 import re
 
-from .numbers import plain_text
-
 
 _BOX_OR_BRACE = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*)(?:\{|(?P<number>-?[0-9](?:[0-9.,/]*[0-9])?))|\\.|[{}]", re.DOTALL
@@ -74,9 +72,18 @@ def _closed_boxes(text: str) -> list[tuple[int, int, int]] | None:
 
 _TAIL_CHARS = 6_000  # of an answer that is not boxed, this much is searched
 _STATED_CHARS = 400
-_CUE = re.compile(r"####|\banswers?\b(?:[ \t]+is|[ \t]+are|[ \t]*=)?(?:[ \t*_]*:)?[ \t*_]*", re.IGNORECASE)
+_CUE = re.compile(
+    r"####|(?:\banswers?\b[^.\n:=]{0,60}?(?:\bis\b|\bare\b|[:=])|\b(?:option|choice) is\b|答案[是为為:：]+)[ \t*_:]*",
+    re.IGNORECASE,
+)
+_BEFORE_NO_ANSWER = re.compile(
+    r"\b(?:not|never|no|between|least|most|than|minus|negative|except|without|step|case)\s*[$(\\]*\s*$|n't\s*[$(\\]*\s*$",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"\n|(?<=[^\s.])\.(?=\s|\*|$)|[!?](?=\s|$)(?<![0-9)]!)|。")
-_ENVIRONMENT = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_ENVIRONMENT = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL)
+_DIGIT = re.compile(r"[0-9]|[^\x00-\x7f]")  # or a character that may stand for one
+_LEADING = re.compile(r"(?:[\s,;:]|[aAI](?=\s))*")
 _MARKUP = re.compile(r"\*\*|__|`|^#+|^[-*>]\s")
 _WORDS = re.compile(
     r"(?<![\\A-Za-z{])(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|and|or)(?![A-Za-z]))[A-Za-z][A-Za-z'-]*[A-Za-z](?![A-Za-z])"
@@ -108,28 +115,28 @@ def _split_sentences(text: str) -> list[str]:
 
 
 def _last_mathematics(sentence: str) -> list[str]:
+    """The last environment or piece between words that holds a digit, with all that follows; [] for "not 5"."""
     environments = list(_ENVIRONMENT.finditer(sentence))
     if environments:
         last = environments[-1]
-        inside = next(group for group in last.groups() if group)
-        return [inside + sentence[last.end() :]]
-    start = end = 0
-    pieces = []
-    for word in [*_WORDS.finditer(sentence), None]:
-        end = word.start() if word else len(sentence)
-        pieces.append((start, end))
-        start = word.end() if word else end
-    for start, end in reversed(pieces):
-        piece = sentence[start:end].strip(" ,;:")
-        if any(char.isdigit() for char in piece):
-            begin = start + len(sentence[start:end]) - len(sentence[start:end].lstrip(" ,;:aAI"))
-            return [sentence[begin:]]
-    return []
+        start, found = last.start(), next(group for group in last.groups() if group) + sentence[last.end() :]
+    else:
+        words = [(0, 0), *(match.span() for match in _WORDS.finditer(sentence))]
+        ends = [start for start, _ in words[1:]] + [len(sentence)]
+        pieces = [(start, end) for (_, start), end in zip(words, ends, strict=True)]
+        filled = [piece for piece in pieces if _DIGIT.search(sentence, *piece)]
+        if not filled:
+            return []
+        start = _LEADING.match(sentence, filled[-1][0]).end()
+        found = sentence[start:]
+    return [] if _BEFORE_NO_ANSWER.search(sentence[:start]) else [found]
 
 
 # Choices ---------------------------------------------------------------------------------------------
 
-_LABEL = re.compile(r"\(?([A-J])\)?")
+_CALLED = re.compile(r"^\s*(\\(?:text|textbf|textrm|mathrm)\s*\{\s*)?(?:option|choice)[\s~]+", re.IGNORECASE)
+_TEXT_BRACES = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|bf|rm)\s*\{|\}|\s")
+_LABEL = re.compile(r"\(([A-Ja-j])\)|([A-J])[.)]?")
 _LABEL_IN_FRONT = re.compile(
     r"\s*(?:\\(?:text|textbf|textrm|mathrm|mathbf|bf|rm)\s*\{\s*)?"
     r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[.):](?=[\s}\\]))"
@@ -142,8 +149,9 @@ _NO_VALUE = re.compile(
 
 def choice(answer: str) -> tuple[str | None, str | None]:
     r"""(label, value) of a choice: ("B", "12") of `\textbf{(B)}\ 12`, ("B", None) of "(B)", else (None, answer)."""
-    if match := _LABEL.fullmatch(plain_text(answer)):
-        return match[1], None
+    answer = _CALLED.sub(r"\1", answer)
+    if match := _LABEL.fullmatch(_TEXT_BRACES.sub("", answer).strip("\\ .:~*$")):
+        return (match[1] or match[2]).upper(), None
     match = _LABEL_IN_FRONT.match(answer)
     if not match:
         return None, answer

@@ -20,6 +20,10 @@ TIMEOUT_SECONDS = 5.0
 
 _MAX_GOLD_CHARS = 8_000  # over all accepted answers of one problem
 _WITH_BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?([0-9]+)\}?")
+_NAME = re.compile(r"[A-Z]{3,}")
+_SET = re.compile(r"\\\{[^()\[\]]*\\\}")
+_TUPLE = re.compile(r"\([^()]*,[^()]*\)")
+_BRACKET = re.compile(r"[()\[\]{}]")
 # Rounded numbers (decimals) that differ by more are different; math-verify looks at the rest.
 _SURELY_DIFFERENT = Fraction(1, 100_000)
 
@@ -47,6 +51,8 @@ def _settle_value(answer: str, gold: str) -> bool | list[str]:
     with_base, gold_with_base = _WITH_BASE.fullmatch(answer_form), _WITH_BASE.fullmatch(gold_form)
     if with_base and gold_with_base:  # math-verify does not see the base
         return with_base.groups() == gold_with_base.groups()
+    if _differs_in_form(answer, gold):
+        return False
     number, gold_number = plain_number(answer), plain_number(gold, letters=False)
     if number and gold_number:
         if number.percent == gold_number.percent:
@@ -59,6 +65,23 @@ def _settle_value(answer: str, gold: str) -> bool | list[str]:
             return False
     readable, gold_readable = for_algebra(answer, letters=True), for_algebra(gold, letters=False)
     return False if readable is None or gold_readable is None else [gold_readable, readable]
+
+
+def _differs_in_form(answer: str, gold: str) -> bool:
+    """What an algebra system does not see: a letter's case, the order of capitals, set or tuple, repeated items."""
+    forms = plain_text(answer), plain_text(gold)
+    if all(form.isalpha() for form in forms):
+        letters, names = all(len(form) == 1 for form in forms), all(map(_NAME.fullmatch, (answer, gold)))
+        if letters or names:
+            return True
+    is_set, is_tuple = [bool(_SET.fullmatch(form)) for form in forms], [bool(_TUPLE.fullmatch(form)) for form in forms]
+    return (is_set[0] and is_tuple[1]) or (is_tuple[0] and is_set[1]) or _repeats(forms[0]) != _repeats(forms[1])
+
+
+def _repeats(form: str) -> int:
+    """How many items of a bare list stand in it already: `1,1,2` is not `1,2`."""
+    items = form.split(",")
+    return 0 if _BRACKET.search(form) else len(items) - len(set(items))
 
 
 def _accepted(answer) -> list[str]:

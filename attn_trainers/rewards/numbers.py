@@ -3,6 +3,7 @@ r"""Plain answers read exactly, without an algebra system: numbers, their units,
 All functions take text from `spelling.spelled`.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,8 +24,12 @@ _ALL_DASHES = str.maketrans("–—", "--")
 
 # Units -----------------------------------------------------------------------------------------------
 
+_MAX_UNIT_CHARS = 120
 _CURRENCY = re.compile(r"^(-?)\s*(?:\\\$|[$€£¥₹])\s*(?=[0-9.])")
-_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*(?:[CF]|\\text\{[CF]\}|\\mathrm\{[CF]\})?$")
+_DEGREES = re.compile(
+    r"\s*(?:(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*(?:[CF]|\\text\{[CF]\}|\\mathrm\{[CF]\})?|"
+    r"(?<=[0-9])\^\s*\{?\s*\\prime\s*(?:\\prime)?\s*\}?)$"
+)
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|[0-9]))?"
 _UNIT_COMMAND = re.compile(
     rf"(?:(?:\\[,;: ]|\\cdot|[ ~/])*\\(?:text|textrm|textnormal|mathrm|mbox|rm)\s*\{{([^{{}}0-9]*)\}}{_POWER})+$"
@@ -33,11 +38,11 @@ _SHORT_UNITS = (
     r"(?:[cmkdn]m|km|mm|in|ft|yd|mi|mg|kg|lbs?|oz|ml|mL|cc|hrs?|min|secs?|ms|mph|kmh|kph|Hz|kHz|MHz|GHz|eV|keV|MeV|"
     r"kJ|kW|kN|mol|Pa|kPa|rad|deg|AU|pc|dB|USD|EUR|cm|am|pm)"
 )
-_ONE_LETTER_UNITS = r"(?:[msghLNJWVAKCFTnu])"
+_ONE_LETTER_UNITS = r"[msghLNJWVAKCFT]"
 _WORD = r"[A-Za-z][A-Za-z'-]{2,}"
 _UNIT_WORDS = re.compile(
     rf"(?<=[0-9A-Za-z)\]}}!])"
-    rf"((?:(?:\\[,;: ]|[ ~])+(?:{_WORD}|{_SHORT_UNITS}|of|per|sq|cu)(?:/{_WORD})?{_POWER}){{1,4}})\.?$"
+    rf"((?:(?:\\[,;: ]|[ ~])+(?:{_WORD}|{_SHORT_UNITS}|of|an?|if|or|is|to|by|sq|cu)(?:/{_WORD})?{_POWER}){{1,4}})\.?$"
 )
 _UNIT_SHORT = re.compile(rf"(?<=[0-9)}}])(?:\\[,;: ]|[ ~])*{_SHORT_UNITS}(?:/(?:{_SHORT_UNITS}|s|h))?{_POWER}\.?$")
 _UNIT_LETTER = re.compile(rf"(?<=[0-9)}}])(?:\\[,;: ]|[ ~])+{_ONE_LETTER_UNITS}(?:/{_ONE_LETTER_UNITS})?{_POWER}$")
@@ -47,12 +52,12 @@ _CJK_NUMBERS = re.compile("[零一二两三四五六七八九十百千万萬亿�
 _NO_UNIT = re.compile(
     r"(?<![A-Za-z])(?:(?:hundred|thousand|million|billion|trillion|dozen|score|half|halve|halves|third|fourth|quarter|"
     r"fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]+teenth|[a-z]+tieth|hundredth|thousandth|"
-    r"millionth|billionth|per ?cent|percentage|pct|bp|plus|minus|time|fold|power)s?|over|and|or|of|not|if|when|where|"
+    r"millionth|billionth|per ?cent|percentage|pct|bp|plus|minus|time|fold|power)s?|over|and|or|not|if|when|where|"
     r"for|with|mod|modulo|base|squared?|cubed?|sqrt|roots?|factorial|choose|exponent|divided|multiplied|less|more|"
     r"fewer|greater|than|between|through|until|to|from|by|is|are|plus|double|triple|twice|once|thrice|but|except|"
     r"remainder|inverse|reciprocal|negative|positive|recurring|repeating|pi|zero|one|two|three|four|five|six|seven|"
     r"eight|nine|ten|eleven|twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|abc|xyz|alpha|beta|gamma|"
-    r"delta|theta|lambda|sigma|omega|sin|cos|tan|cot|sec|csc|log|exp|lcm|gcd|max)(?![A-Za-z])"
+    r"[a-z]*illion(?:en|es)|milliarde?n?s?|millones|tausend|hundert|prozent|delta|theta|lambda|sigma|omega|sin|cos|tan|cot|sec|csc|log|exp|lcm|gcd|max)(?![A-Za-z])"
 )
 _PERCENT = re.compile(
     r"\s*(?:\\?%|\\(?:text|mathrm|mbox)\{\s*\\?%\s*\}|"
@@ -81,6 +86,7 @@ class Plain:
         return (self.value, self.value / 100) if self.percent else (self.value,)
 
 
+@functools.lru_cache(maxsize=1024)
 def plain_text(answer: str) -> str:
     r"""The answer without what carries no meaning: spacing, `\text{}`, dollars, emphasis, the full stop."""
     answer = _TEXT_COMMAND.sub(r" \1 ", answer.replace("\\\\", "\\cr "))
@@ -101,7 +107,7 @@ def without_unit(answer: str, letters: bool) -> str:
     """
     answer = _DEGREES.sub("", _CURRENCY.sub(r"\1", answer.strip().removesuffix(".").strip("$ ")))
     for pattern in (_UNIT_COMMAND, _UNIT_WORDS, _UNIT_SHORT, *([_UNIT_LETTER] if letters else []), _UNIT_CJK):
-        match = pattern.search(answer)
+        match = pattern.search(answer, max(0, len(answer) - _MAX_UNIT_CHARS))
         if not match or not answer[: match.start()].strip():
             continue
         words = _TEXT_COMMAND.sub(r" \1 ", match[0]).lower()
@@ -120,7 +126,7 @@ def plain_number(answer: str, letters: bool = True) -> Plain | None:
     """The value of a plain number (integer, decimal, fraction, mixed number, per cent), with a unit or none."""
     if len(answer) > _MAX_NUMBER_CHARS:
         return None
-    answer = answer.strip("$ .")
+    answer = answer.strip("$ ")
     bare = _PERCENT.sub("", answer)
     if bare != answer:
         number = _read(plain_text(bare))
@@ -159,7 +165,7 @@ def _read(answer: str) -> Plain | None:
 
 _UNREADABLE = re.compile(
     r"\\[lcd]?dots|\.\.\.|[0-9]\s*_|\)\s*_|\\(?:to|rightarrow|Rightarrow|implies|mapsto|begin\{cases\})(?![A-Za-z])|"
-    r"[0-9](?:\s|\\[,;: ]|~)+[0-9]|\.[0-9]+\.|:[^:]*:|–"
+    r"[0-9](?:(?:\s|\\[,;: ]|~)+|')[0-9]|\.[0-9]+\.|:[^:]*:|–"
 )
 _FUNCTION = re.compile(
     r"(?<![A-Za-z])(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|lcm|gcd|max|min|det|and|or|infinity)"
@@ -167,6 +173,9 @@ _FUNCTION = re.compile(
 )
 _COMMAND = re.compile(r"\\(?:begin|end|operatorname)\s*\{[A-Za-z*]+\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]*(?:[a-z][A-Za-z]{3}|[A-Za-z]{3}[a-z])[A-Za-z]*")
+_TEXT_WITH_DIGITS = re.compile(r"\\text\s*\{([^{}0-9]*[0-9][^{}]*)\}")
+_SUBSCRIPT = re.compile(r"_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\text\{[^{}]*\})")
+_LOWER_CASE = re.compile(r"[a-z]{2}")
 _LEFT_IN_WORDS = re.compile(r"^(?:\\text\{[^{}=]*\}|[A-Za-z ])+=(?=[^=]+$)")
 
 
@@ -177,12 +186,23 @@ def for_algebra(answer: str, letters: bool) -> str | None:
     be the same text as another, but not the same value.
     """
     answer = without_unit(answer, letters)
-    answer = mixed_numbers_as_sums(answer).replace("\\$", "").replace("$", " ").strip().removesuffix(".")
+    answer = mixed_numbers_as_sums(answer)
+    if answer is None:
+        return None
+    answer = answer.replace("\\$", "").replace("$", " ").strip().removesuffix(".")
     for delimiter in ("\\(", "\\)", "\\[", "\\]"):
         answer = answer.replace(delimiter, " ")
-    if answer.count("=") == 1 and _PROSE.search(answer.partition("=")[0].replace("\\text", "")):
+    left, is_equation, _ = answer.partition("=")
+    if is_equation and ("\\text" in left or _PROSE.search(left)):
         answer = _LEFT_IN_WORDS.sub("", answer)
-    if not answer.strip() or _UNREADABLE.search(answer):
+    if not answer.strip() or _UNREADABLE.search(answer) or _has_prose(answer):
         return None
-    words = _FUNCTION.sub(" ", _COMMAND.sub(" ", _TEXT_COMMAND.sub(r" \1 ", answer)))
-    return None if _PROSE.search(words) else answer.strip()
+    return _TEXT_WITH_DIGITS.sub(r" \1 ", answer).strip()
+
+
+def _has_prose(answer: str) -> bool:
+    r"""Whether words stand in it: in `\text{}` any, elsewhere of four letters or more; names of functions are none."""
+    answer = _SUBSCRIPT.sub("", answer)
+    in_text = _FUNCTION.sub(" ", " ".join(_TEXT_COMMAND.findall(answer)))
+    outside = _FUNCTION.sub(" ", _COMMAND.sub(" ", answer))
+    return bool(_LOWER_CASE.search(in_text) or _PROSE.search(outside))

@@ -87,7 +87,7 @@ _RANGE = "\ue000"  # holds the place of a range's dash
 _GREEK = re.compile(r"GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 
 _SPACE = r"(?:\\[,;: ]|~|[ \t\n]|\\(?:thinspace|enspace|space)(?![A-Za-z]))"
-_SEPARATOR = rf"(?:{_SPACE}+|{_SPACE}*\{{,\}}{_SPACE}*|,{_SPACE}*\\!{_SPACE}*|\\!{_SPACE}*)"
+_SEPARATOR = rf"(?:{_SPACE}+|{_SPACE}*\{{,\}}{_SPACE}*|,{_SPACE}*\\!{_SPACE}*|\\!{_SPACE}*|')"
 _SPACED_THOUSANDS = re.compile(rf"(?<![0-9.,^_])[1-9][0-9]{{0,2}}(?:{_SEPARATOR}[0-9]{{3}}(?![0-9]))+")
 _INSIDE_THOUSANDS = re.compile(r"[^0-9]+")
 _MIXED = re.compile(rf"(?<![0-9.,/^_}}])([0-9]{{1,12}}){_SPACE}+([0-9]{{1,12}})/([0-9]{{1,12}})(?![0-9/.,^!])")
@@ -96,9 +96,10 @@ _MIXED_FRAC = re.compile(
 )
 
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_COMMAND_WITH_ARGUMENTS = re.compile(r"\\(frac|sqrt)(?![A-Za-z])(?:\s*\[[^\[\]{}]{0,20}\])?")
+_COMMAND_WITH_ARGUMENTS = re.compile(r"\\(frac|sqrt)(?![A-Za-z])(?:\s*\[[^\[\]{}]{0,20}\])?|\^(?=\s*\()")
 _ONE_ARGUMENT = re.compile(r"\\[A-Za-z]+|[0-9A-Za-z]")
 _ROOT_DIGITS = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+_SPACES_IN_A_ROW = re.compile(r"\s{2,}|[\t\n\r\f\v]")
 _SPACES = re.compile(r"\s*")
 _BRACKET = re.compile(r"\\.|[{}()]", re.DOTALL)
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt(?=\s*\()")
@@ -112,6 +113,9 @@ _SAME_MEANING = [
     (re.compile(r"\\geqslant(?![A-Za-z])|>="), r"\\ge "),
     (re.compile(r"!="), r"\\ne "),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\log\s*_\s*([0-9])\s*(?=[0-9A-Za-z\\(])"), r"\\log_{\1} "),
+    (re.compile(r"(?<=[A-Za-z)\]}])'(?![A-Za-z'])"), r"^{\\prime}"),
+    (re.compile(r"(?<=[A-Za-z)\]}])(?:''|\")(?![A-Za-z'])"), r"^{\\prime\\prime}"),
     (re.compile(r"\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\(?:q?quad|hspace\{[^{}]*\}|phantom\{[^{}]*\})(?![A-Za-z])"), " "),
 ]
@@ -124,6 +128,7 @@ def spelled(text: str) -> str:
     """
     if not text.isascii():
         text = _from_unicode(text)
+    text = _SPACES_IN_A_ROW.sub(" ", text)
     for pattern, meaning in _SAME_MEANING:
         text = pattern.sub(meaning, text)
     text = _SPACED_THOUSANDS.sub(lambda match: _INSIDE_THOUSANDS.sub("", match[0]), text)
@@ -132,14 +137,18 @@ def spelled(text: str) -> str:
     return _MIXED.sub(r"\1\\frac{\2}{\3}", text)
 
 
-def mixed_numbers_as_sums(text: str) -> str:
-    r"""`3\frac{1}{2}` as `(3+\frac{1}{2})`; what is no proper fraction (`3\frac{5}{2}`) is left as it is."""
+def mixed_numbers_as_sums(text: str) -> str | None:
+    r"""`3\frac{1}{2}` as `(3+\frac{1}{2})`. None where `3\frac{5}{2}` could be a sum or a product."""
+    doubtful = False
 
     def as_sum(match: re.Match) -> str:
+        nonlocal doubtful
         whole, above, below = match.groups()
-        return f"({whole}+\\frac{{{above}}}{{{below}}})" if int(above) < int(below) else match[0]
+        doubtful |= int(above) >= int(below)
+        return f"({whole}+\\frac{{{above}}}{{{below}}})"
 
-    return _MIXED_FRAC.sub(as_sum, text)
+    text = _MIXED_FRAC.sub(as_sum, text)
+    return None if doubtful else text
 
 
 # Unicode ---------------------------------------------------------------------------------------------
@@ -171,6 +180,8 @@ def _in_ascii(char: str, kind: str, decomposed: str) -> str:
     if kind == "<fraction>":
         above, _, below = "".join(chr(int(code, 16)) for code in decomposed.split()).partition("⁄")
         return f"\\frac{{{above}}}{{{below}}}" if below else char
+    if kind == "<square>":  # units such as ㎡
+        return _from_unicode("".join(chr(int(code, 16)) for code in decomposed.split()))
     if unicodedata.category(char) == "Nd":
         return str(unicodedata.digit(char))
     plain = unicodedata.normalize("NFKC", char)
@@ -186,8 +197,8 @@ def _in_ascii(char: str, kind: str, decomposed: str) -> str:
 
 
 def _braced(text: str) -> str:
-    r"""Every `\frac` and `\sqrt` with its arguments in braces: `\frac12`, `\sqrt 5`, `\sqrt(x+1)`, `\sqrt12`."""
-    if "frac" not in text and "sqrt" not in text:
+    r"""Every fraction and root with its arguments in braces: `\frac12`, `\sqrt 5`, `\sqrt(x+1)`; likewise `e^(2x)`."""
+    if not ("frac" in text or "sqrt" in text or "^" in text):
         return text
     text = _FRACTION_COMMAND.sub(r"\\frac", text)
     closing = _closing_brackets(text)

@@ -93,25 +93,35 @@ def load_reader():
 
 
 def load_equality():
-    """Return `equal(gold, answer) -> bool` for two expressions."""
+    """Return `equal(gold, answer) -> bool` for two expressions.
+
+    Math-verify's comparison of numbers, which rounds exact ones too, is replaced where it looks for it, so that items
+    of sets and tuples, ends of intervals and sides of equations are compared exactly as well.
+    """
     from latex2sympy2_extended.logic import And
-    from math_verify import verify
+    from math_verify import grader
     from sympy import Add, Eq, Expr, Float, MatrixBase, UnevaluatedExpr, nan, oo, zoo
 
-    def is_number(expression) -> bool:
-        return isinstance(expression, Expr) and expression.is_number and not expression.has(oo, -oo, zoo, nan)
+    rounded_equal = grader.sympy_numeric_eq
 
-    def differ(gold, answer) -> bool | None:
-        """Whether two numbers differ, where that can be said for sure; None where it cannot."""
-        exact = not (gold.has(Float) or answer.has(Float))
+    def numbers_equal(gold, answer, float_rounding, numeric_precision) -> bool:
+        both = (gold, answer)
+        if not all(isinstance(side, Expr) and not side.has(UnevaluatedExpr, oo, zoo, nan) for side in both):
+            return rounded_equal(gold, answer, float_rounding, numeric_precision)
+        exact = not any(side.has(Float) for side in both)
+        if not all(side.is_number for side in both):  # what is left when both are expanded says more than six decimals
+            return not exact and rounded_equal(gold, answer, float_rounding, numeric_precision)
         gold, answer = gold.doit(), answer.doit()
         if exact and gold.is_Rational and answer.is_Rational:
-            return gold != answer
+            return gold == answer
         a, b = gold.evalf(_DIGITS), answer.evalf(_DIGITS)
         largest = max(abs(a), abs(b))
         if exact:
-            return True if abs(a - b) > largest * Float(10) ** (10 - _DIGITS) else None
-        return True if largest < _TINY and abs(a - b) > largest * _TINY else None
+            same = abs(a - b) <= largest * Float(10) ** (10 - _DIGITS)
+            return bool(same) and not (gold - answer).is_nonzero
+        if largest < _TINY:
+            return bool(abs(a - b) <= largest * _TINY)
+        return rounded_equal(gold, answer, float_rounding, numeric_precision)
 
     def describes_curve(answer) -> bool:
         """3x + 4y + 14 = 0 and the like: an equation that gives no value."""
@@ -123,15 +133,9 @@ def load_equality():
             return False
         if isinstance(gold, MatrixBase) != isinstance(answer, MatrixBase):
             return False
-        if is_number(gold) and is_number(answer) and not (gold.has(UnevaluatedExpr) or answer.has(UnevaluatedExpr)):
-            try:
-                different = differ(gold, answer)
-            except (TypeError, ValueError, OverflowError):  # no number after all: as math-verify finds it
-                different = None
-            if different is not None:
-                return not different
-        return verify(gold, answer, timeout_seconds=None)
+        return grader.verify(gold, answer, timeout_seconds=None)
 
+    grader.sympy_numeric_eq = numbers_equal
     return equal
 
 
