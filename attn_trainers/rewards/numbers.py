@@ -164,7 +164,7 @@ def _read(answer: str) -> Plain | None:
 # Readable --------------------------------------------------------------------------------------------
 
 _UNREADABLE = re.compile(
-    r"\\[lcd]?dots|\.\.\.|[0-9]\s*_|\)\s*_|\\(?:to|rightarrow|Rightarrow|implies|mapsto|begin\{cases\})(?![A-Za-z])|"
+    r"\\[lcd]?dots|\.\.\.|[0-9]\s*_|\)\s*_|\\(?:to|rightarrow|Rightarrow|implies|mapsto|equiv|[pb]?mod|begin\{cases\})(?![A-Za-z])|"
     r"[0-9](?:(?:\s|\\[,;: ]|~)+|')[0-9]|\.[0-9]+\.|:[^:]*:|–"
 )
 _FUNCTION = re.compile(

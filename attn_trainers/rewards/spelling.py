@@ -181,7 +181,7 @@ def _in_ascii(char: str, kind: str, decomposed: str) -> str:
         above, _, below = "".join(chr(int(code, 16)) for code in decomposed.split()).partition("⁄")
         return f"\\frac{{{above}}}{{{below}}}" if below else char
     if kind == "<square>":  # units such as ㎡
-        return _from_unicode("".join(chr(int(code, 16)) for code in decomposed.split()))
+        return " " + _from_unicode("".join(chr(int(code, 16)) for code in decomposed.split()))
     if unicodedata.category(char) == "Nd":
         return str(unicodedata.digit(char))
     plain = unicodedata.normalize("NFKC", char)

@@ -13,6 +13,7 @@ What arrives here was written by a model and is hostile until shown otherwise:
 """
 
 import ast
+import cmath
 import functools
 import json
 import logging
@@ -100,8 +101,26 @@ def load_equality():
     """
     from latex2sympy2_extended.logic import And
     from math_verify import grader
-    from sympy import Add, Eq, Expr, Float, MatrixBase, UnevaluatedExpr, nan, oo, zoo
+    from sympy import (
+        Add,
+        Derivative,
+        Eq,
+        Expr,
+        Float,
+        Integral,
+        Limit,
+        MatrixBase,
+        Product,
+        Sum,
+        UnevaluatedExpr,
+        nan,
+        oo,
+        zoo,
+    )
+    from sympy.core.function import AppliedUndef
 
+    # What these stand for is not given by their value at a point.
+    not_pointwise = (Sum, Product, Integral, Limit, Derivative, AppliedUndef, UnevaluatedExpr)
     rounded_equal = grader.sympy_numeric_eq
 
     def numbers_equal(gold, answer, float_rounding, numeric_precision) -> bool:
@@ -123,6 +142,21 @@ def load_equality():
             return bool(abs(a - b) <= largest * _TINY)
         return rounded_equal(gold, answer, float_rounding, numeric_precision)
 
+    def apart(gold, answer) -> bool:
+        """Whether two expressions differ at a point where every variable is positive: far cheaper than to simplify."""
+        if not all(isinstance(side, Expr) and not side.is_Symbol for side in (gold, answer)):
+            return False
+        symbols = gold.free_symbols | answer.free_symbols
+        if not symbols or gold.has(*not_pointwise) or answer.has(*not_pointwise):
+            return False
+        names = sorted({symbol.name for symbol in symbols})
+        point = {symbol: Float("1.37") + Float("0.61") * names.index(symbol.name) for symbol in symbols}
+        try:
+            a, b = (complex(side.doit().evalf(15, subs=point)) for side in (gold, answer))
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):  # it has no value there
+            return False
+        return cmath.isfinite(a) and cmath.isfinite(b) and abs(a - b) > 1e-5 * max(abs(a), abs(b))
+
     def describes_curve(answer) -> bool:
         """3x + 4y + 14 = 0 and the like: an equation that gives no value."""
         last = answer._unsorted_args[-1] if isinstance(answer, And) else answer
@@ -133,7 +167,7 @@ def load_equality():
             return False
         if isinstance(gold, MatrixBase) != isinstance(answer, MatrixBase):
             return False
-        return grader.verify(gold, answer, timeout_seconds=None)
+        return not apart(gold, answer) and grader.verify(gold, answer, timeout_seconds=None)
 
     grader.sympy_numeric_eq = numbers_equal
     return equal
