@@ -164,15 +164,16 @@ def _read(answer: str) -> Plain | None:
 # Readable --------------------------------------------------------------------------------------------
 
 _UNREADABLE = re.compile(
-    r"\\[lcd]?dots|\.\.\.|[0-9]\s*_|\)\s*_|\\(?:to|rightarrow|Rightarrow|implies|mapsto|equiv|[pb]?mod|begin\{cases\})(?![A-Za-z])|"
-    r"[0-9](?:(?:\s|\\[,;: ]|~)+|')[0-9]|\.[0-9]+\.|:[^:]*:|–"
+    r"\\[lcd]?dots|\.\.\.|[0-9]\s*_|\)\s*_|"
+    r"\\(?:to|rightarrow|Rightarrow|implies|mapsto|equiv|[pb]?mod|begin\{cases\})(?![A-Za-z])|"
+    r"[0-9](?:\s|\\[,;:! ]|[~'\"])+[0-9]|\.[0-9]+\.|:[^:]*:"
 )
 _FUNCTION = re.compile(
     r"(?<![A-Za-z])(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp|lcm|gcd|max|min|det|and|or|infinity)"
     r"(?![A-Za-z])"
 )
 _COMMAND = re.compile(r"\\(?:begin|end|operatorname)\s*\{[A-Za-z*]+\}|\\[A-Za-z]+")
-_PROSE = re.compile(r"[A-Za-z]*(?:[a-z][A-Za-z]{3}|[A-Za-z]{3}[a-z])[A-Za-z]*")
+_PROSE = re.compile(r"[a-z][A-Za-z]{3}|[A-Za-z]{3}[a-z]")
 _TEXT_WITH_DIGITS = re.compile(r"\\text\s*\{([^{}0-9]*[0-9][^{}]*)\}")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\text\{[^{}]*\})")
 _LOWER_CASE = re.compile(r"[a-z]{2}")
@@ -195,7 +196,7 @@ def for_algebra(answer: str, letters: bool) -> str | None:
     left, is_equation, _ = answer.partition("=")
     if is_equation and ("\\text" in left or _PROSE.search(left)):
         answer = _LEFT_IN_WORDS.sub("", answer)
-    if not answer.strip() or _UNREADABLE.search(answer) or _has_prose(answer):
+    if not answer.strip() or not answer.isascii() or _UNREADABLE.search(answer) or _has_prose(answer):
         return None
     return _TEXT_WITH_DIGITS.sub(r" \1 ", answer).strip()
 

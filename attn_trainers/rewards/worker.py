@@ -83,6 +83,8 @@ def load_reader():
     form = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=True, boxed="none")
 
     def read(text: str):
+        if not text.isascii():  # the reader drops characters that it does not know
+            return None
         text = normalize_latex(text, form)
         is_real = not should_treat_as_complex(text)
         try:
