@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from attn_trainers.rewards import math as rewards
+from attn_trainers.rewards.answers import answered
 from attn_trainers.rewards.pool import TIMEOUT, shared_pool
 
 
@@ -21,6 +22,11 @@ def measure(name: str, grade, count: int):
     outcomes = grade()
     seconds = time.perf_counter() - start
     print(f"{name:<22} {seconds:>9.2f} {count / seconds:>12,.0f} {outcomes.count(TIMEOUT):>9}")
+
+
+def request(completion: str, answer: str) -> dict:
+    """What a worker is asked where nothing is settled before."""
+    return {"pairs": [[answer, text] for text in answered(completion)]}
 
 
 def main():
@@ -33,7 +39,7 @@ def main():
     rows = [rows[index % len(rows)] for index in range(args.num_completions)]
     completions, answers = [row["completion"] for row in rows], [row["answer"] for row in rows]
     settled = sum(isinstance(rewards._prepare(*pair), bool) for pair in zip(completions, answers, strict=True))
-    unsettled = [{"golds": [row["answer"]], "texts": [row["completion"][-6000:]]} for row in rows]
+    unsettled = [request(*pair) for pair in zip(completions, answers, strict=True)]
 
     def as_in_training():
         return rewards._grade(completions, answers, rewards.TIMEOUT_SECONDS)

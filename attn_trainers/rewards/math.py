@@ -1,177 +1,108 @@
 r"""Rewards for mathematical reasoning: is the final answer right, is it boxed.
 
 `math_accuracy` reads the answer from the text after the last `</think>` (the whole text where there is none): the
-last `\boxed{}` if there is one, otherwise what math-verify finds. Equal strings and plain numbers are settled here,
-all else by math-verify in worker processes with a time and a memory limit (`attn_trainers.rewards.pool`).
+last `\boxed{}` if there is one, otherwise what the last sentence states. Equal texts and plain numbers are settled
+here, all else by math-verify in worker processes with a time and a memory limit (`attn_trainers.rewards.pool`). Text
+that cannot be read is right only where it is the accepted text.
 """
 
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from .answers import answer_text, answered, boxed_answers, choice
+from .numbers import for_algebra, plain_number, plain_text
 from .pool import KILLED, RIGHT, TIMEOUT, WRONG, shared_pool
+from .spelling import spelled
 
 
 TIMEOUT_SECONDS = 5.0
 
-_MAX_BOXED_CHARS = 4_000  # a longer answer is no answer
-_TAIL_CHARS = 6_000  # of an answer that is not boxed, this much is searched
-_MAX_NUMBER_CHARS = 100
 _MAX_GOLD_CHARS = 8_000  # over all accepted answers of one problem
-_BOX_OR_BRACE = re.compile(
-    r"(?P<box>\\(?:boxed|fbox)\s*)(?:\{|(?P<number>-?[0-9](?:[0-9.,/]*[0-9])?))|\\.|[{}]", re.DOTALL
-)
-_BETWEEN_BOXES = re.compile(r"[\s$,;.()\[\]\\]*(?:\\text\{\s*)?(?:and|or)?(?:\s*\})?[\s$,;.()\[\]\\]*")
-_FILLED = re.compile(r"\S")
-_MAX_BETWEEN_BOXES = 40
-_MAX_BOXES = 16
-
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_NO_MEANING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\\$|[$~]")
-_SPACE_OUTSIDE_NUMBERS = re.compile(r"(?<![0-9]) | (?![0-9])")  # "3 1/2" is not "31/2"
-_DECIMAL = re.compile(r"([-+]?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.([0-9]*))?(?:[eE]([-+]?[0-9]{1,3}))?")
-_SCIENTIFIC = re.compile(r"([-+]?[0-9.]+)(?:\\times|\\cdot|×)10\^(?:\{([-+]?[0-9]{1,3})\}|([0-9]))")
-_FRACTION = re.compile(r"([-+]?)(?:\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}|\\frac([0-9])([0-9])|([0-9]+)/([0-9]+))")
-_WITH_BASE = re.compile(r"([0-9A-F]+)_\{?([0-9]+)\}?")
-_DEGREES = re.compile(r"(?:\^\{?\\circ\}?|\\degree|°)$")
-_WITH_UNIT = re.compile(r"([-+]?[0-9][0-9.,/]*)((?: [A-Za-z]{3,}){1,3})")
-_NUMBER_WORDS = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|half|halves|third|quarter|percent|percentage|pct|plus|minus|"
-    r"times|over|and)s?\b"
-)
-# Math-verify rounds to six decimals: numbers further apart than this it never calls equal.
+_WITH_BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?([0-9]+)\}?")
+_NAME = re.compile(r"[A-Z]{3,}")
+_SET = re.compile(r"\\\{[^()\[\]]*\\\}")
+_TUPLE = re.compile(r"\([^()]*,[^()]*\)")
+_BRACKET = re.compile(r"[()\[\]{}]")
+# Rounded numbers (decimals) that differ by more are different; math-verify looks at the rest.
 _SURELY_DIFFERENT = Fraction(1, 100_000)
 
 
-# What was answered -----------------------------------------------------------------------------------
+# What equals what ------------------------------------------------------------------------------------
 
 
-def answer_text(completion: str) -> str:
-    """The part of a completion that counts: after the last `</think>`, or all of it."""
-    return completion.rpartition("</think>")[2]
+def _settle(answer: str, gold: str) -> bool | list[str]:
+    """Whether an answer is right where texts or plain numbers decide it, otherwise the [gold, answer] to compare."""
+    label, value = choice(answer)
+    gold_label, gold_value = choice(gold)
+    if plain_text(answer) == plain_text(gold):
+        return True
+    if label and gold_label and not (value is None or gold_value is None):
+        return label == gold_label and _settle_value(value, gold_value)
+    if label and gold_label:
+        return label == gold_label
+    return _settle_value(value or answer, gold_value or gold)
 
 
-def boxed_answers(text: str) -> list[str] | None:
-    r"""Contents of the last closed `\boxed{}` and of those right before it ("`\boxed{2}` and `\boxed{3}`"), in order.
-
-    Passed over: empty boxes, as in a repeated instruction, and one that the length limit cut off. None: there is no
-    box. []: none is closed and filled. Linear in the length of the text.
-    """
-    spans = _closed_boxes(text)
-    if not spans:
-        return None if spans is None else []
-    boxes: list[str] = []
-    following = len(text)  # where the box after this one starts
-    for start, content_start, end in reversed(spans):
-        between = text[end:following].removeprefix("}")
-        if boxes and (end >= following or len(between) > _MAX_BETWEEN_BOXES or not _BETWEEN_BOXES.fullmatch(between)):
-            break
-        boxes.insert(0, text[content_start:end].strip())
-        following = start
-        if len(boxes) == _MAX_BOXES:
-            break
-    return boxes
-
-
-def _closed_boxes(text: str) -> list[tuple[int, int, int]] | None:
-    """(start of the command, start and end of the content) of every closed, filled box by its start; None: no box."""
-    spans, open_braces, seen = [], [], False
-    for match in _BOX_OR_BRACE.finditer(text):
-        is_box, number = match["box"], match["number"]
-        seen |= bool(is_box)
-        if number:
-            spans.append((match.start(), match.start("number"), match.end()))
-        elif match[0].endswith("{") and (is_box or match[0] == "{"):
-            open_braces.append((match.start(), match.end()) if is_box else None)
-        elif match[0] == "}" and open_braces:
-            opened = open_braces.pop()
-            if opened and _FILLED.search(text, opened[1], match.start()):
-                spans.append((*opened, match.start()))
-    return sorted(spans) if seen else None
-
-
-# Equal without an algebra system ---------------------------------------------------------------------
-
-
-def _normal_form(answer: str) -> str:
-    r"""The answer without what carries no meaning: spacing, `\left`, `\text{}`, dollars, the full stop."""
-    answer = _TEXT_COMMAND.sub(r" \1 ", answer.replace("−", "-").replace("\\\\", "\\cr "))
-    answer = _NO_MEANING.sub(" ", answer.replace("\\!", "").replace("{,}", ",").replace("\\%", "%"))
-    answer = re.sub(r"\\[dtc]frac", r"\\frac", answer)
-    answer = _SPACE_OUTSIDE_NUMBERS.sub("", " ".join(answer.split())).removesuffix(".")
-    if re.fullmatch(r"\([A-Za-z]\)", answer):  # a choice
-        return answer[1]
-    # A single letter is a variable, and x is not X.
-    return answer.lower() if answer.isalpha() and len(answer) > 1 else answer
-
-
-def _number(answer: str) -> Fraction | None:
-    """The value of a plain number, decimal or fraction, with thousands separators, degrees or a unit in words."""
-    if len(answer) > _MAX_NUMBER_CHARS:
-        return None
-    with_unit = _WITH_UNIT.fullmatch(" ".join(_TEXT_COMMAND.sub(r" \1 ", answer).split()))
-    if with_unit and not _NUMBER_WORDS.search(with_unit[2].lower()):
-        answer = with_unit[1]
-    answer = _DEGREES.sub("", _normal_form(answer))
-    if match := _SCIENTIFIC.fullmatch(answer):
-        factor = _number(match[1])
-        return None if factor is None else factor * Fraction(10) ** int(match[2] or match[3])
-    if match := _FRACTION.fullmatch(answer):
-        sign, *parts = match.groups()
-        above, below = (int(part) for part in parts if part is not None)
-        return None if below == 0 else Fraction(above, below) * (-1 if sign == "-" else 1)
-    match = _DECIMAL.fullmatch(answer)
-    if not match or not (match[2] or match[3]):
-        return None
-    sign, whole, decimals, exponent = match.groups(default="")
-    return Fraction(f"{sign}{whole.replace(',', '') or 0}.{decimals or 0}e{exponent or 0}")
-
-
-def _settle(answer: str, gold: str) -> bool | None:
-    """Whether an answer is right, where strings or plain numbers decide it; None where they do not."""
-    answer_form, gold_form = _normal_form(answer), _normal_form(gold)
+def _settle_value(answer: str, gold: str) -> bool | list[str]:
+    answer_form, gold_form = plain_text(answer), plain_text(gold)
     if answer_form == gold_form:
         return True
     with_base, gold_with_base = _WITH_BASE.fullmatch(answer_form), _WITH_BASE.fullmatch(gold_form)
     if with_base and gold_with_base:  # math-verify does not see the base
         return with_base.groups() == gold_with_base.groups()
-    a, b = _number(answer), _number(gold)
-    if a is None or b is None:
-        return None
-    if a == b:
-        return True
-    return False if abs(a - b) > _SURELY_DIFFERENT else None
+    if _differs_in_form(answer, gold):
+        return False
+    number, gold_number = plain_number(answer), plain_number(gold, letters=False)
+    if number and gold_number:
+        if number.percent == gold_number.percent:
+            pairs = [(number.value, gold_number.value)]
+        else:  # "28" and "0.28" both say 28 %
+            pairs = [(a, b) for a in number.values() for b in gold_number.values()]
+        if any(a == b for a, b in pairs):
+            return True
+        if (number.exact and gold_number.exact) or all(abs(a - b) > _SURELY_DIFFERENT for a, b in pairs):
+            return False
+    readable, gold_readable = for_algebra(answer, letters=True), for_algebra(gold, letters=False)
+    return False if readable is None or gold_readable is None else [gold_readable, readable]
+
+
+def _differs_in_form(answer: str, gold: str) -> bool:
+    """What an algebra system does not see: a letter's case, the order of capitals, set or tuple, repeated items."""
+    forms = plain_text(answer), plain_text(gold)
+    if all(form.isalpha() for form in forms):
+        letters, names = all(len(form) == 1 for form in forms), all(map(_NAME.fullmatch, (answer, gold)))
+        if letters or names:
+            return True
+    is_set, is_tuple = [bool(_SET.fullmatch(form)) for form in forms], [bool(_TUPLE.fullmatch(form)) for form in forms]
+    return (is_set[0] and is_tuple[1]) or (is_tuple[0] and is_set[1]) or _repeats(forms[0]) != _repeats(forms[1])
+
+
+def _repeats(form: str) -> int:
+    """How many items of a bare list stand in it already: `1,1,2` is not `1,2`."""
+    items = form.split(",")
+    return 0 if _BRACKET.search(form) else len(items) - len(set(items))
 
 
 def _accepted(answer) -> list[str]:
-    r"""Accepted answers as strings, those in `\boxed{}` taken out of it."""
+    r"""Accepted answers as spelled strings, those in `\boxed{}` taken out of it."""
     answers = answer if isinstance(answer, list | tuple) else [answer]
     texts = [str(text).strip() for text in answers if text is not None]
-    return [(boxed_answers(text) or [text])[-1].strip("$ \n") for text in texts if text]
+    texts = [(boxed_answers(text) or [text])[-1].strip("$ \n") for text in texts if text]
+    return [spelled(text) for text in texts if text]
 
 
 def _prepare(completion: str, answer) -> bool | dict:
     """Right or wrong where that is plain to see, otherwise the request for a grading worker."""
     golds = _accepted(answer)
-    text = answer_text(completion)
-    boxes = boxed_answers(text)
-    final = text.strip() if boxes is None else (boxes or [""])[-1]
-    if not golds or not final:
-        return False
-    if len(final) <= _MAX_BOXED_CHARS:
-        settled = [_settle(final, gold) for gold in golds]
-        if True in settled:
-            return True
-        if settled.count(False) == len(settled) and (boxes is None or len(boxes) == 1):
-            return False
-    elif boxes is not None:
-        return False
+    answers = [spelled(text) for text in dict.fromkeys(answered(completion))]
     if sum(map(len, golds)) > _MAX_GOLD_CHARS:
-        return False
-    if boxes is None:
-        return {"golds": golds, "texts": [final[-_TAIL_CHARS:]]}
-    texts = [final] if len(boxes) == 1 else [final, ", ".join(boxes)[:_MAX_BOXED_CHARS]]
-    return {"golds": golds, "texts": ["\\boxed{" + text + "}" for text in texts]}
+        golds = []
+    settled = [_settle(text, gold) for text in answers if text for gold in golds]
+    if True in settled:
+        return True
+    pairs = [pair for pair in settled if pair]
+    return {"pairs": pairs} if pairs else False
 
 
 def _grade(completions: Sequence[str], answers: Sequence, timeout: float, within: float | None = None) -> list[str]:
@@ -239,14 +170,27 @@ def boxed_format_reward(completions, **kwargs) -> list[float]:
 
 
 def unverifiable_answers(answers: Sequence[str | list[str]]) -> list[int]:
-    """Indices of the answers in whose accepted forms nothing can be parsed: only an identical string would be right.
+    """Indices of the answers of which no accepted form can be read: only an identical text would be right.
+
+    A word or a choice's label counts as read: the same word is what is asked for.
 
     Raises:
         RuntimeError: grading workers cannot be started.
     """
     accepted = [_accepted(answer) for answer in answers]
-    open_items = [index for index, golds in enumerate(accepted) if all(_number(gold) is None for gold in golds)]
-    parsable = [index for index in open_items if accepted[index] and sum(map(len, accepted[index])) <= _MAX_GOLD_CHARS]
-    outcomes = shared_pool().grade([{"golds": accepted[index]} for index in parsable], TIMEOUT_SECONDS)
+    open_items = [index for index, golds in enumerate(accepted) if not any(map(_reads_by_itself, golds))]
+    readable = {index: [form for gold in accepted[index] if (form := _for_reading(gold))] for index in open_items}
+    parsable = [index for index, forms in readable.items() if forms and sum(map(len, forms)) <= _MAX_GOLD_CHARS]
+    outcomes = shared_pool().grade([{"golds": readable[index]} for index in parsable], TIMEOUT_SECONDS)
     verified = {index for index, outcome in zip(parsable, outcomes, strict=True) if outcome == RIGHT}
     return [index for index in open_items if index not in verified]
+
+
+def _reads_by_itself(gold: str) -> bool:
+    form = plain_text(gold)
+    is_word = form.isalpha() or bool(_WITH_BASE.fullmatch(form))
+    return is_word or choice(gold)[0] is not None or plain_number(gold, letters=False) is not None
+
+
+def _for_reading(gold: str) -> str | None:
+    return for_algebra(gold, letters=False)

@@ -1,8 +1,9 @@
 """The process that compares answers with math-verify. Started by `attn_trainers.rewards.pool` as a script of its own.
 
-One request is one JSON line on stdin, `{"golds": [...], "texts": [...], "limit": seconds}`: the answer is right if any
-text, read by math-verify, equals any gold. Without "texts" the question is whether any gold can be parsed at all. One
-reply is one JSON line on stdout, `{"verdict": bool, "retire": bool}`; a worker that has grown retires after its reply.
+One request is one JSON line on stdin, `{"pairs": [[gold, answer], ...], "limit": seconds}`: the answer is right if in
+any pair both can be read as LaTeX and are equal. With "golds" in place of "pairs" the question is whether any of them
+can be read at all. One reply is one JSON line on stdout, `{"verdict": bool, "retire": bool}`; a worker that has grown
+retires after its reply.
 
 What arrives here was written by a model and is hostile until shown otherwise:
 - time: the kernel's alarm, which also interrupts one endless big-integer operation, ends the process;
@@ -12,6 +13,7 @@ What arrives here was written by a model and is hostile until shown otherwise:
 """
 
 import ast
+import cmath
 import functools
 import json
 import logging
@@ -25,6 +27,7 @@ import sys
 HEADROOM_BYTES = 512 * 2**20
 _NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?\s*")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*")
+_DIGITS = 60  # to which exact numbers are compared, relative to the larger
 # Below this magnitude six decimals, math-verify's rounding, no longer tell numbers apart: they must agree to 0.1 %.
 _TINY = 1e-3
 
@@ -71,44 +74,125 @@ def install_expression_reader():
     sys.modules["sympy.utilities.lambdify"].lambdify = refuse
 
 
+def load_reader():
+    """Import the LaTeX reader and return `read(text) -> expression`, None for what it cannot read as a whole."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from math_verify.grader import should_treat_as_complex
+
+    # Units are gone already, and fractions and roots have their braces; what its own rules do to both changes numbers.
+    form = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=True, boxed="none")
+
+    def read(text: str):
+        if not text.isascii():  # the reader drops characters that it does not know
+            return None
+        text = normalize_latex(text, form)
+        is_real = not should_treat_as_complex(text)
+        try:
+            return latex2sympy(text, is_real=is_real, convert_degrees=False, normalization_config=None)
+        except Exception:  # whatever the reader says about text that it cannot read
+            return None
+
+    return read
+
+
+def load_equality():
+    """Return `equal(gold, answer) -> bool` for two expressions.
+
+    Math-verify's comparison of numbers, which rounds exact ones too, is replaced where it looks for it, so that items
+    of sets and tuples, ends of intervals and sides of equations are compared exactly as well.
+    """
+    from latex2sympy2_extended.logic import And
+    from math_verify import grader
+    from sympy import (
+        Add,
+        Derivative,
+        Eq,
+        Expr,
+        Float,
+        Integral,
+        Limit,
+        MatrixBase,
+        Product,
+        Sum,
+        UnevaluatedExpr,
+        nan,
+        oo,
+        zoo,
+    )
+    from sympy.core.function import AppliedUndef
+
+    # What these stand for is not given by their value at a point.
+    not_pointwise = (Sum, Product, Integral, Limit, Derivative, AppliedUndef, UnevaluatedExpr)
+    rounded_equal = grader.sympy_numeric_eq
+
+    def numbers_equal(gold, answer, float_rounding, numeric_precision) -> bool:
+        both = (gold, answer)
+        if not all(isinstance(side, Expr) and not side.has(UnevaluatedExpr, oo, zoo, nan) for side in both):
+            return rounded_equal(gold, answer, float_rounding, numeric_precision)
+        exact = not any(side.has(Float) for side in both)
+        if not all(side.is_number for side in both):  # what is left when both are expanded says more than six decimals
+            return not exact and rounded_equal(gold, answer, float_rounding, numeric_precision)
+        gold, answer = gold.doit(), answer.doit()
+        if exact and gold.is_Rational and answer.is_Rational:
+            return gold == answer
+        a, b = gold.evalf(_DIGITS), answer.evalf(_DIGITS)
+        largest = max(abs(a), abs(b))
+        if exact:
+            same = abs(a - b) <= largest * Float(10) ** (10 - _DIGITS)
+            return bool(same) and not (gold - answer).is_nonzero
+        if largest < _TINY:
+            return bool(abs(a - b) <= largest * _TINY)
+        return rounded_equal(gold, answer, float_rounding, numeric_precision)
+
+    def apart(gold, answer) -> bool:
+        """Whether two expressions differ at a point where every variable is positive: far cheaper than to simplify."""
+        if not all(isinstance(side, Expr) and not side.is_Symbol for side in (gold, answer)):
+            return False
+        symbols = gold.free_symbols | answer.free_symbols
+        if not symbols or gold.has(*not_pointwise) or answer.has(*not_pointwise):
+            return False
+        names = sorted({symbol.name for symbol in symbols})
+        point = {symbol: Float("1.37") + Float("0.61") * names.index(symbol.name) for symbol in symbols}
+        try:
+            a, b = (complex(side.doit().evalf(15, subs=point)) for side in (gold, answer))
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):  # it has no value there
+            return False
+        return cmath.isfinite(a) and cmath.isfinite(b) and abs(a - b) > 1e-5 * max(abs(a), abs(b))
+
+    def describes_curve(answer) -> bool:
+        """3x + 4y + 14 = 0 and the like: an equation that gives no value."""
+        last = answer._unsorted_args[-1] if isinstance(answer, And) else answer
+        return isinstance(last, Eq) and last.rhs == 0 and isinstance(last.lhs, Add) and bool(last.lhs.free_symbols)
+
+    def equal(gold, answer) -> bool:
+        if describes_curve(answer) and not isinstance(gold, Eq):
+            return False
+        if isinstance(gold, MatrixBase) != isinstance(answer, MatrixBase):
+            return False
+        return not apart(gold, answer) and grader.verify(gold, answer, timeout_seconds=None)
+
+    grader.sympy_numeric_eq = numbers_equal
+    return equal
+
+
 def load_grader():
     """Import math-verify and return `grade(request) -> bool`."""
     install_expression_reader()
-    from math_verify import parse, verify
-    from sympy import Basic, Expr
-
+    read, equal = load_reader(), load_equality()
     logging.disable(logging.CRITICAL)  # math-verify reports each hostile answer
-
-    @functools.lru_cache(maxsize=256)
-    def parse_gold(gold: str) -> list:
-        return parse("\\boxed{" + gold + "}", parsing_timeout=None)
-
-    def tiny_and_apart(gold, answer) -> bool:
-        if not (isinstance(gold, Expr) and isinstance(answer, Expr) and gold.is_number and answer.is_number):
-            return False
-        try:
-            a, b = complex(gold.doit().evalf(15)), complex(answer.doit().evalf(15))
-        except (TypeError, OverflowError):  # not a finite number: as math-verify found it
-            return False
-        largest = max(abs(a), abs(b))
-        return largest < _TINY and abs(a - b) > 1e-3 * largest
-
-    def equal(gold, answer) -> bool:
-        if isinstance(gold, str) or isinstance(answer, str):
-            return gold == answer and bool(gold.strip())
-        return verify(gold, answer, timeout_seconds=None) and not tiny_and_apart(gold, answer)
+    read_gold = functools.lru_cache(maxsize=256)(read)
 
     def grade(request: dict) -> bool:
-        golds = [parse_gold(gold) for gold in request["golds"]]
-        if "texts" not in request:
-            return any(not isinstance(form, str) for gold in golds for form in gold)
-        for text in request["texts"]:
-            answers = parse(text, parsing_timeout=None)
-            if any(equal(g, a) for gold in golds for g in gold for a in answers):
+        if "pairs" not in request:
+            return any(read(gold) is not None for gold in request["golds"])
+        for gold_text, text in request["pairs"]:
+            gold = read_gold(gold_text)
+            answer = None if gold is None else read(text)
+            if answer is not None and equal(gold, answer):
                 return True
         return False
 
-    assert grade({"golds": ["\\frac{1}{2}"], "texts": ["\\boxed{x = 0.5}"]}) and isinstance(parse("1/2")[0], Basic)
+    assert grade({"pairs": [["\\frac{1}{2}", "x = 0.5"]]}) and not grade({"pairs": [["2", "3 \\to 2"]]})
     return grade
 
 
