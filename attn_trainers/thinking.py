@@ -86,6 +86,7 @@ class EndOfThinking:
     Attributes:
         tags: the tags as text.
         token_ids: what the tokenizer makes of the end. Sampled ids may spell it otherwise.
+        is_special: whether plain decoding, which skips special tokens, drops the tags.
 
     Raises:
         ValueError: for an empty `end_of_thinking`.
@@ -96,7 +97,9 @@ class EndOfThinking:
         self.tags = ThinkingTags(end_of_thinking, opening)
         self.token_ids = tokenizer.encode(end_of_thinking, add_special_tokens=False)
         own = tokenizer.encode(self.tags.opening, add_special_tokens=False) if self.tags.opening else []
-        self._dropped = special_ids(tokenizer) - set(self.token_ids) - set(own)
+        special, tags = special_ids(tokenizer), {*self.token_ids, *own}
+        self._dropped = special - tags
+        self.is_special = bool(special & tags)
 
     @property
     def in_vocabulary(self) -> bool:

@@ -38,11 +38,12 @@ def main():
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
     rows = [rows[index % len(rows)] for index in range(args.num_completions)]
     completions, answers = [row["completion"] for row in rows], [row["answer"] for row in rows]
-    settled = sum(isinstance(rewards._prepare(*pair), bool) for pair in zip(completions, answers, strict=True))
+    ends = rewards.ends_of_thinking(None, len(completions))
+    settled = sum(isinstance(rewards._prepare(*one), bool) for one in zip(completions, answers, ends, strict=True))
     unsettled = [request(*pair) for pair in zip(completions, answers, strict=True)]
 
     def as_in_training():
-        return rewards._grade(completions, answers, rewards.TIMEOUT_SECONDS)
+        return rewards._grade(completions, answers, ends, rewards.TIMEOUT_SECONDS)
 
     print(f"{len(rows)} completions, {shared_pool().size} workers at most")
     print(f"settled without math-verify: {settled / len(rows):.1%}\n")

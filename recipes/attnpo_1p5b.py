@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
-from attn_trainers.attnpo.rewards import closed_thinking_accuracy_reward
+from attn_trainers.attnpo.rewards import get_closed_thinking_accuracy_reward
 from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse, train
 
 
@@ -64,7 +64,8 @@ def main(script: Script, args: Recipe, model: Model) -> None:
     """Train; the tiny model has no known heads, so that two of its heads stand in."""
     if script.tiny_model and args.heads is None:
         args.heads = [[0, 0], [1, 0]]
-    train(AttnPOTrainer, closed_thinking_accuracy_reward, script, args, model)
+    reward = get_closed_thinking_accuracy_reward(args.end_of_thinking, args.answer)
+    train(AttnPOTrainer, reward, script, args, model)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """AttnPO as a credit method: steps of each response, the attention they get from its answer, factors per token."""
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..attention import KeyFocusObserver, decoder_of
 from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, RowFacts, SignalPass
 from ..base.report import Report
-from .alignment import reasoning_step_ranges
+from ..thinking import EndOfThinking
+from .alignment import exclusion_warning, reasoning_step_ranges
 from .credit import baseline_score, length_penalised_rewards, rloo_advantages, step_scales, token_factors
 from .heads import Head, resolve_heads
 from .metrics import credit_totals, group_metrics
@@ -18,6 +20,9 @@ from .options import AttnPOOptions
 from .page import write_report
 from .responses import ScoredResponse
 from .steps import Splitter
+
+
+logger = logging.getLogger(__name__)
 
 
 class StepObserver(KeyFocusObserver):
@@ -70,6 +75,7 @@ class AttnPOCredit(CreditMethod):
         self._accuracy_column = 0
         self._accuracy_name = ""
         self._next_report = 0
+        self._warned = False
 
     def settings(self) -> dict[str, object]:
         return {"heads": [list(pair) for pair in self.heads]}
@@ -83,6 +89,7 @@ class AttnPOCredit(CreditMethod):
         if self.options.scales_credit:
             self.heads = self._resolve_heads(decoder_of(model).config)
         self._tokenizer = tokenizer
+        self._thinking = EndOfThinking(tokenizer, self.options.end_of_thinking)
         name = self.options.accuracy_reward or reward_names[0]
         if name not in reward_names:
             raise ValueError(
@@ -140,6 +147,7 @@ class AttnPOCredit(CreditMethod):
                 completion_ids,
                 splitter=self.splitter,
                 end_of_thinking=self.options.end_of_thinking,
+                answer=self.options.answer,
             )
             phrases = self.splitter.phrase_counts("".join(alignment.texts))
             responses.append(ScoredResponse(prompt_ids, completion_ids, alignment, phrases=phrases))
@@ -159,12 +167,28 @@ class AttnPOCredit(CreditMethod):
                     factors[row, : len(response.completion_ids)] = response_factors(response)
             all_factors.append(factors)
             all_responses += responses
+        self._warn_of_exclusions(all_responses)
         return BatchCredit(
             factors=all_factors,
             totals=credit_totals(all_responses),
             values={"progress": min(progress, 1.0)},
             details=all_responses,
         )
+
+    def _warn_of_exclusions(self, responses: Sequence[ScoredResponse]) -> None:
+        """Say once why most responses of a batch have no usable steps, and what to set."""
+        seen = [response for response in responses if response.completion_ids]
+        if self._warned or not seen:
+            return
+        warning = exclusion_warning(
+            [response.alignment.reason for response in seen],
+            [self._thinking.text(response.completion_ids) for response in seen],
+            end_of_thinking=self.options.end_of_thinking,
+            answer=self.options.answer,
+        )
+        if warning is not None:
+            logger.warning(warning)
+            self._warned = True
 
     def _scored_responses(self, signal: SignalPass, advantages: Tensor, facts: RowFacts) -> list[ScoredResponse]:
         """The responses of a pass with all that their scales depend on."""

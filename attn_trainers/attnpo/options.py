@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from ..base.options import check_choices, check_shares
+from ..thinking import check_answer
 from .steps import STEP_MODES
 
 
@@ -33,6 +34,10 @@ class AttnPOOptions:
             Whether to cut exactly as the published program does, faults included.
         end_of_thinking (`str`, *optional*, defaults to `"</think>"`):
             Text that ends the thinking part.
+
+        answer (`str`, *optional*, defaults to `"tag"`):
+            Where the final answer begins: behind the end of thinking (`"tag"`) or, experimental, for models that write
+            no tags, with the last `\boxed{}` (`"last_boxed"`) or the last paragraph (`"last_paragraph"`).
 
         > Parameters that control reward and credit
 
@@ -83,6 +88,12 @@ class AttnPOOptions:
     )
     compat_steps: bool = field(default=False, metadata={"help": "Cut exactly as the published program does."})
     end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
+    answer: str = field(
+        default="tag",
+        metadata={
+            "help": "The final answer begins behind the 'tag', or (experimental) is 'last_boxed' or 'last_paragraph'."
+        },
+    )
     accuracy_reward: str | None = field(
         default=None, metadata={"help": "Name of the reward function that is the correctness. Default: the first."}
     )
@@ -109,6 +120,7 @@ class AttnPOOptions:
     def __post_init__(self):
         if isinstance(self.heads, str) and self.heads.lstrip().startswith("["):
             self.heads = _pairs_from_text(self.heads)
+        check_answer(self.answer)
         check_choices(self, {"step_mode": STEP_MODES, "baseline_length": ("sequence", "response")})
         check_shares(self, ["length_penalty", "attenuation_floor", "schedule_fraction"])
         for name in ("baseline_power", "attenuation_power", "min_step_chars", "min_rest_chars", "page_steps"):

@@ -1,6 +1,7 @@
 """The correctness that AttnPO shortens by."""
 
 from ..rewards import math_accuracy_reward
+from ..rewards.math import ends_of_thinking
 from ..thinking import END_OF_THINKING, ThinkingTags, answer_start, check_answer
 
 
@@ -31,12 +32,17 @@ def get_closed_thinking_accuracy_reward(
     tags, place = ThinkingTags(end_of_thinking), answer
     check_answer(place)
 
-    def closed_thinking_accuracy_reward(completions, answer, log_metric=None, **kwargs) -> list[float]:
+    def closed_thinking_accuracy_reward(
+        completions, answer, log_metric=None, end_of_thinking=None, **kwargs
+    ) -> list[float]:
+        # The trainers here pass their setting, which wins over the one the function was made with.
+        ends = ends_of_thinking(end_of_thinking or tags.end, len(completions))
         texts = [
             completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions
         ]
         # A response that is wrong anyway is not graded.
-        return accuracy_reward([_graded_text(text, tags, place) for text in texts], answer, log_metric=log_metric)
+        graded = [_graded_text(text, ThinkingTags(end), place) for text, end in zip(texts, ends, strict=True)]
+        return accuracy_reward(graded, answer, log_metric=log_metric)
 
     return closed_thinking_accuracy_reward
 

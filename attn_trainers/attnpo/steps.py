@@ -28,10 +28,11 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+from ..base.options import require_choice
+from ..thinking import END_OF_THINKING
+
 
 STEP_MODES = ("phrases", "paragraphs")
-
-END_OF_THINKING = "</think>"
 
 
 @dataclass
@@ -173,20 +174,8 @@ def split_reasoning(
     Raises:
         ValueError: A negative length, or `phrases` together with `compat`.
     """
-    for name, value in (("min_step_chars", min_step_chars), ("min_rest_chars", min_rest_chars)):
-        if value < 0:
-            raise ValueError(f"{name}={value} must not be negative")
-    if compat and phrases is not None:
-        raise ValueError(
-            "phrases cannot be combined with compat=True, which fixes the published set: drop one of them"
-        )
-    thinking = text.split(END_OF_THINKING, 1)[0]
-    if not thinking:
-        return []
-    segments = _cut(thinking, PUBLISHED_PHRASES if compat else phrases or ENGLISH_PHRASES, join_blank_lead=not compat)
-    sides = _published_merge_sides if compat else _merge_sides
-    segments = _merge_short(segments, min_step_chars, min_rest_chars, sides)
-    return [Step(segment.start, segment.end, segment.kind) for segment in segments]
+    splitter = Splitter("phrases", min_step_chars, min_rest_chars, compat, phrases)
+    return splitter(text.split(END_OF_THINKING, 1)[0])
 
 
 def split_paragraphs(text: str) -> list[Step]:
@@ -200,27 +189,16 @@ def split_paragraphs(text: str) -> list[Step]:
     Returns:
         Steps of kind "paragraph" that partition the thinking text; empty for an empty text.
     """
-    thinking = text.split(END_OF_THINKING, 1)[0]
+    return _paragraphs(text.split(END_OF_THINKING, 1)[0])
+
+
+def _paragraphs(thinking: str) -> list[Step]:
     if not thinking:
         return []
     first = len(thinking) - len(thinking.lstrip())
     ends = (match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", thinking))
     cuts = [0, *(end for end in ends if first < end < len(thinking)), len(thinking)]
     return [Step(start, end, "paragraph") for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
-
-
-def count_phrases(text: str, phrases: ReasoningPhrases | None = None) -> dict[str, int]:
-    """How often a thinking text opens a step with a phrase of each kind, before short steps are merged.
-
-    Args:
-        text: The thinking text. Anything from the first `</think>` on is left out.
-        phrases: As in `split_reasoning`.
-    """
-    thinking = text.split(END_OF_THINKING, 1)[0]
-    counts = dict.fromkeys(("turn", "forward", "summary", "final"), 0)
-    for segment in _cut(thinking, phrases or ENGLISH_PHRASES, join_blank_lead=True) if thinking else ():
-        counts[segment.kind] += segment.phrase_chars > 0
-    return counts
 
 
 @dataclass(frozen=True)
@@ -239,8 +217,12 @@ class Splitter:
     phrases: ReasoningPhrases | None = None
 
     def __post_init__(self):
-        if self.mode not in STEP_MODES:
-            raise ValueError(f"step_mode={self.mode!r} is unknown; set it to one of {', '.join(STEP_MODES)}.")
+        require_choice("step_mode", self.mode, STEP_MODES)
+        for name in ("min_step_chars", "min_rest_chars"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 merges nothing.")
+        if self.compat and self.phrases is not None:
+            raise ValueError("phrases are given, but compat=True fixes the published set; drop one of them.")
 
     @classmethod
     def of(cls, step_mode: str, phrases_file: str | None = None, **options) -> "Splitter":
@@ -248,19 +230,26 @@ class Splitter:
         return cls(step_mode, phrases=ReasoningPhrases.from_file(phrases_file) if phrases_file else None, **options)
 
     def __call__(self, text: str) -> list[Step]:
+        """Steps of a thinking text, all of it."""
         if self.mode == "paragraphs":
-            return split_paragraphs(text)
-        return split_reasoning(
-            text,
-            min_step_chars=self.min_step_chars,
-            min_rest_chars=self.min_rest_chars,
-            compat=self.compat,
-            phrases=self.phrases,
-        )
+            return _paragraphs(text)
+        if not text:
+            return []
+        phrases = PUBLISHED_PHRASES if self.compat else self.phrases or ENGLISH_PHRASES
+        segments = _cut(text, phrases, join_blank_lead=not self.compat)
+        sides = _published_merge_sides if self.compat else _merge_sides
+        segments = _merge_short(segments, self.min_step_chars, self.min_rest_chars, sides)
+        return [Step(segment.start, segment.end, segment.kind) for segment in segments]
 
     def phrase_counts(self, text: str) -> dict[str, int]:
-        """`count_phrases` of a thinking text; empty where steps are paragraphs."""
-        return count_phrases(text, self.phrases) if self.mode == "phrases" else {}
+        """How often a thinking text opens a step with a phrase of each kind, before short steps are merged; empty
+        where steps are paragraphs."""
+        if self.mode != "phrases":
+            return {}
+        counts = dict.fromkeys(("turn", "forward", "summary", "final"), 0)
+        for segment in _cut(text, self.phrases or ENGLISH_PHRASES, join_blank_lead=True) if text else ():
+            counts[segment.kind] += segment.phrase_chars > 0
+        return counts
 
 
 @lru_cache(maxsize=16)

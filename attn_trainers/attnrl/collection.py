@@ -195,6 +195,7 @@ class CollectionMixin:
                 [s.ranges for s in steps],
                 [s.stop_step for s in steps],
                 self.args.influence_delta,
+                self.args.influence_aggregation,
             )
         logps, entropies = self.forward_completions(
             batch, observer=observer, compute_entropy=self.args.branching == "entropy"

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from ..attention.observers import INFLUENCE_AGGREGATIONS
 from ..base.config import MethodConfig
 from ..base.options import check_choices, check_least, check_shares
 from .exploration import CRITERIA, ROUNDINGS
-from .steps import StepDelimiters
+from .steps import STEP_MODES, StepDelimiters
 
 
 @dataclass
@@ -45,6 +46,13 @@ class AttnRLConfig(MethodConfig):
             the paper's text, which has no such rule.
         influence_delta (`int`, *optional*, defaults to `4`):
             Influence of a step counts the attention from steps at least this much later (Δ).
+
+        influence_aggregation (`str`, *optional*, defaults to `"sum"`):
+            Influence of a step is the `"sum"` (published) or the `"mean"` of the attention of later steps. The sum
+            favours early steps by the number of steps that follow them alone.
+        step_mode (`str`, *optional*, defaults to `"paragraphs"`):
+            Where steps end: at `"paragraphs"` (published), `"lines"` or `"sentences"`. Answers of a few paragraphs
+            have hardly a step that others follow by Δ: branching there is at the first steps whatever attention says.
 
         > Parameters that control adaptive sampling
 
@@ -91,6 +99,12 @@ class AttnRLConfig(MethodConfig):
     )
     influence_delta: int = field(
         default=4, metadata={"help": "Influence counts the attention from steps at least this much later (Δ)."}
+    )
+    influence_aggregation: str = field(
+        default="sum", metadata={"help": "Influence is the 'sum' (published) or the 'mean' over later steps."}
+    )
+    step_mode: str = field(
+        default="paragraphs", metadata={"help": "Steps end at 'paragraphs' (published), 'lines' or 'sentences'."}
     )
     filter_easy_prompts: bool = field(
         default=True, metadata={"help": "Leave out solved prompts of below-average influence before branching."}
@@ -159,18 +173,23 @@ class AttnRLConfig(MethodConfig):
         """Whether branching or the filter of easy prompts asks for the influence of steps."""
         return self.num_branch_points > 0 and (self.branching == "attention" or self.filter_easy_prompts)
 
+    def branching_options(self) -> dict[str, object]:
+        """Settings of attention branching, as `report_branching` takes them."""
+        return {
+            "num_points": self.num_branch_points,
+            "top_fraction": self.branch_top_fraction,
+            "min_spacing": self.min_branch_spacing,
+            "delta": self.influence_delta,
+            "step_mode": self.step_mode,
+            "aggregation": self.influence_aggregation,
+        }
+
     def preflight(self, model_config, tokenizer, report):
         prompts, ranks = self.generation_batch_size // self.num_generations, self.world_size
         if prompts < ranks:
             report.warnings.append(
                 f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; "
                 f"raise generation_batch_size to {ranks * self.num_generations} or more."
-            )
-        end = tokenizer.encode(self.end_of_thinking, add_special_tokens=False)
-        if len(end) > 1:
-            report.warnings.append(
-                f"end_of_thinking={self.end_of_thinking!r} is {len(end)} tokens to this tokenizer: steps of the "
-                "answer are branched like those of the thinking."
             )
         delimiters = StepDelimiters.from_tokenizer(tokenizer, None)
         report.add("blank-line tokens", f"{len(delimiters.paragraph)} (with a newline: {len(delimiters.newline)})")
@@ -179,9 +198,8 @@ class AttnRLConfig(MethodConfig):
             report.warnings.append(f"no token holds a blank line: steps end at {steps}.")
 
     def _check_fields(self) -> None:
-        check_choices(
-            self, {"branching": CRITERIA, "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
-        )
+        choices = {"branching": CRITERIA, "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
+        check_choices(self, choices | {"step_mode": STEP_MODES, "influence_aggregation": INFLUENCE_AGGREGATIONS})
         least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
         check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})
         check_shares(self, ["branch_top_fraction"], positive=True)

@@ -1,5 +1,6 @@
 """AttnRL as a TRL trainer: the one-step off-policy pipeline around the pure parts of this package."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ..base.credit import (
 from ..base.forwards import signal_pass, timed
 from ..base.trainer import BaseTrainer
 from . import metrics
+from .branching_report import report_branching
 from .collection import CollectionMixin
 from .config import AttnRLConfig
 from .exploration import BranchPoints, choose_branch_points, choose_expanded, filter_easy_prompts
@@ -38,6 +40,9 @@ from .rows import (
     row_facts,
 )
 from .steps import StepDelimiters
+
+
+logger = logging.getLogger(__name__)
 
 
 class AttnRLTrainer(CollectionMixin, BaseTrainer):
@@ -92,7 +97,9 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
         self.credit = credit
         if credit is not None:
             credit.setup(self.model, self._tokenizer, self.reward_func_names, self.args.seed)
-        self.delimiters = StepDelimiters.from_tokenizer(self._tokenizer, self.args.end_of_thinking)
+        self.delimiters = StepDelimiters.from_tokenizer(
+            self._tokenizer, self.args.end_of_thinking, self.args.step_mode
+        )
         self.pipeline = Pipeline(self.args, len(self.train_dataset))
         self.last_prompts: list[PromptRollouts] = []
         self.last_credit = BatchCredit()
@@ -136,6 +143,8 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
             return []
         if args.filter_easy_prompts:
             self._filter_easy(prompts)
+        if self.pipeline.batches_trained == 0 and args.branching == "attention":
+            self._report_branching(prompts)
         plan = []
         for prompt in prompts:
             if prompt.filtered:
@@ -156,6 +165,20 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
                 )
             plan.append((prompt, points))
         return plan
+
+    def _report_branching(self, prompts: Sequence[PromptRollouts]) -> None:
+        """Say of the first batch what attention has to choose from, and which setting would help."""
+        rollouts = [rollout for prompt in prompts for rollout in prompt.rollouts]
+        if self.ranks.is_first and rollouts:
+            logger.info(
+                str(
+                    report_branching(
+                        [r.step_ranges for r in rollouts],
+                        [r.influence for r in rollouts],
+                        **self.args.branching_options(),
+                    )
+                )
+            )
 
     def _filter_easy(self, prompts: Sequence[PromptRollouts]) -> None:
         """Mark easy prompts, by a running mean over the solved prompts of all ranks in the order of their draws."""

@@ -4,7 +4,6 @@ import torch
 from accelerate.utils import gather_object
 
 from ..evaluation.statistics import default_pass_at, pass_at_k
-from ..sampling.requests import count_thinking_tokens
 
 
 class EvaluationMixin:
@@ -13,8 +12,8 @@ class EvaluationMixin:
     TRL evaluates `eval_dataset` every `eval_steps`, draws `num_generations_eval` completions per prompt and logs mean
     reward, lengths and the share truncated. From the reward function that is the correctness (right where above 0)
     this logs `eval_pass@k`, for k the powers of two up to `num_generations_eval`, and
-    `eval_completions/mean_thinking_length` in tokens (`count_thinking_tokens`). Nothing is generated again, and every
-    rank logs the same.
+    `eval_completions/mean_thinking_length` in tokens (`EndOfThinking.count_tokens`). Nothing is generated again, and
+    every rank logs the same.
 
     Of several named data sets each logs under its own name, `eval_<name>_pass@1`, what TRL measures included.
     """
@@ -59,6 +58,6 @@ class EvaluationMixin:
                 self._metrics["eval"][f"pass@{k}"].extend(pass_at_k(n, c, k) for c in right)
             prompt_ids, _, _ = self._tokenize_prompts(prompts)
             pairs = zip(prompt_ids, completion_ids_list, strict=True)
-            lengths = [count_thinking_tokens(self.processing_class, prompt, ids) for prompt, ids in pairs]
+            lengths = [self.thinking.count_tokens(prompt, ids) for prompt, ids in pairs]
             self._metrics["eval"]["completions/mean_thinking_length"].extend(gather_object(lengths))
         return rewards

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from ..thinking import EndOfThinking
 from .card import CardMixin
 from .checkpoints import read_state, write_state
 from .config import MethodConfig
@@ -42,6 +43,7 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self._refuse_images()
         self.ranks = Ranks(self.accelerator)
+        self.thinking = EndOfThinking(self._tokenizer, self.args.end_of_thinking)
 
     def _refuse_images(self) -> None:
         columns = (self.train_dataset.column_names if self.train_dataset is not None else None) or []
@@ -51,6 +53,15 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
             raise ValueError(
                 f"{found[0]}, but {type(self).__name__} reads text only; use text prompts and a text model."
             )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """With the end of thinking as a column of its own, and with thinking tags that plain decoding drops."""
+        inputs = [{**example, "end_of_thinking": self.args.end_of_thinking} for example in inputs]
+        if self.thinking.is_special:
+            texts = [self.thinking.text(ids) for ids in completion_ids_list]
+            conversational = bool(completions) and isinstance(completions[0], list)
+            completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _compute_loss(self, model, inputs):
         """Advantages times `inputs["credit"]`, (B, T), where a credit method gave factors."""

@@ -32,9 +32,9 @@ from ..sampling.requests import (
     GeneratedTokens,
     GenerationRequest,
     SamplingSettings,
-    count_thinking_tokens,
     fit_positions,
 )
+from ..thinking import EndOfThinking
 from .statistics import (
     Comparison,
     CompletionRecord,
@@ -100,6 +100,7 @@ class EvaluationArguments:
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'."}
     )
+    end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
     problem_column: str = field(
         default="problem", metadata={"help": "Column of the problem texts, also within another (prompt.0.content)."}
     )
@@ -222,7 +223,7 @@ def check_settings(output: Path, settings: dict) -> None:
 
 def run_settings(args: EvaluationArguments, problems: dict[str, list[dict]]) -> dict:
     """All that a completion depends on; the number of samples is not among it, so a run can be extended."""
-    names = ("model", "revision", "temperature", "top_p", "seed", "prompt_template", "dtype")
+    names = ("model", "revision", "temperature", "top_p", "seed", "prompt_template", "dtype", "end_of_thinking")
     digests = {
         name: hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() for name, rows in problems.items()
     }
@@ -344,7 +345,7 @@ def draw_and_grade(
     """Sample completions and append them, graded, to the JSONL files."""
     if not draws:
         return
-    ends = end_token_ids(args.model, tokenizer)
+    ends, thinking = end_token_ids(args.model, tokenizer), EndOfThinking(tokenizer, args.end_of_thinking)
     requests = [draw.request for draw in draws]
     waiting: list[tuple[Draw, GeneratedTokens]] = []
     with tqdm(total=len(draws), desc="Completions", unit="completion") as progress:
@@ -352,15 +353,17 @@ def draw_and_grade(
             waiting.append((draws[index], sampled))
             progress.update()
             if len(waiting) == _GRADED_TOGETHER:
-                _grade_and_append(Path(args.output), tokenizer, ends, problems, waiting)
+                _grade_and_append(Path(args.output), thinking, ends, problems, waiting)
                 waiting = []
-    _grade_and_append(Path(args.output), tokenizer, ends, problems, waiting)
+    _grade_and_append(Path(args.output), thinking, ends, problems, waiting)
 
 
-def _grade_and_append(output: Path, tokenizer, ends, problems, drawn: Sequence[tuple[Draw, GeneratedTokens]]) -> None:
-    texts = [tokenizer.decode(sampled.token_ids, skip_special_tokens=True) for _, sampled in drawn]
+def _grade_and_append(
+    output: Path, thinking: EndOfThinking, ends, problems, drawn: Sequence[tuple[Draw, GeneratedTokens]]
+) -> None:
+    texts = [thinking.text(sampled.token_ids) for _, sampled in drawn]
     answers = [problems[draw.name][draw.problem]["answer"] for draw, _ in drawn]
-    rewards = math_accuracy_reward(texts, answers)
+    rewards = math_accuracy_reward(texts, answers, end_of_thinking=thinking.tags.end)
     for (draw, sampled), text, answer, correct in zip(drawn, texts, answers, rewards, strict=True):
         ids = sampled.token_ids
         stopped = bool(ids) and ids[-1] in ends
@@ -371,7 +374,7 @@ def _grade_and_append(output: Path, tokenizer, ends, problems, drawn: Sequence[t
             answer=answer,
             correct=correct,
             num_tokens=len(ids),
-            num_thinking_tokens=count_thinking_tokens(tokenizer, draw.request.prompt_ids, ids),
+            num_thinking_tokens=thinking.count_tokens(draw.request.prompt_ids, ids),
             truncated=not stopped,
             finish="stop" if stopped else "length",
         )

@@ -34,6 +34,7 @@ from ..attnpo.alignment import StepAlignment, reasoning_step_ranges
 from ..attnpo.steps import Splitter, Step
 from ..attnrl.steps import StepDelimiters, StepSegmentation, segment_steps
 from ..rhythm.credit import CreditOptions, credit_sets
+from ..thinking import END_OF_THINKING
 from .analysis import (
     Coupling,
     entropy_at_waad_peaks,
@@ -51,8 +52,8 @@ STATISTICS = ("entropy", "receiver_global", "fai_after_waad")
 HEAD_POOLS = ("all", "middle")
 # Why a response has no key-focus scores, by the reason that the alignment of its steps gives.
 NO_THINKING_STEPS = {
-    "no_end_of_thinking": "the response has no </think>: its model writes none, or it was cut off while thinking",
-    "several_end_of_thinking": "the response has more than one </think>",
+    "no_end_of_thinking": "the response has no end of thinking: its model writes none, or it was cut off while thinking",
+    "several_end_of_thinking": "the response has more than one end of thinking",
     "no_answer": "nothing follows </think>",
     "too_few_steps": "the thinking is less than two steps",
 }
@@ -73,6 +74,9 @@ class InspectionSettings:
         influence_delta: forward context influence counts steps at least so much later.
         key_focus_heads: heads of the key-focus scores; empty: none are taken.
         splitter: cuts the thinking into steps for the key-focus scores.
+        end_of_thinking: text that ends the thinking.
+        answer: where the final answer begins, as in `AttnPOOptions`.
+        influence_aggregation: "sum" or "mean" over later steps, as in `AttnRLConfig`.
     """
 
     head_pool: str = "all"
@@ -84,6 +88,9 @@ class InspectionSettings:
     influence_delta: int = 4
     key_focus_heads: tuple[Head, ...] = ()
     splitter: Callable[[str], list[Step]] = Splitter()
+    end_of_thinking: str = END_OF_THINKING
+    answer: str = "tag"
+    influence_aggregation: str = "sum"
 
     def __post_init__(self):
         if self.head_pool not in HEAD_POOLS:
@@ -231,8 +238,16 @@ def inspect_response(
     mask = torch.ones_like(ids)
     rhythm = _rhythm_observers(model, settings, mask, prompt)
     segmentation = segment_steps(prompt, completion_ids, delimiters)
-    influence = InfluenceObserver(mask, [segmentation.ranges], [segmentation.stop_step], settings.influence_delta)
-    alignment = reasoning_step_ranges(tokenizer, completion_ids, splitter=settings.splitter)
+    influence = InfluenceObserver(
+        mask, [segmentation.ranges], [segmentation.stop_step], settings.influence_delta, settings.influence_aggregation
+    )
+    alignment = reasoning_step_ranges(
+        tokenizer,
+        completion_ids,
+        splitter=settings.splitter,
+        end_of_thinking=settings.end_of_thinking,
+        answer=settings.answer,
+    )
     focus = _focus_observer(settings, alignment, mask, prompt)
     with observe_attention(model, ObserverGroup([*rhythm, influence] + ([focus] if focus else []))):
         kept = len(completion_ids) + 1

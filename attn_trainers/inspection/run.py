@@ -14,9 +14,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..attention.observers import INFLUENCE_AGGREGATIONS
 from ..attnpo.discovery.run import append_jsonl, read_jsonl
 from ..attnpo.heads import KNOWN_HEADS, resolve_heads
 from ..attnpo.steps import STEP_MODES, Splitter
+from ..attnrl.steps import STEP_MODES as BRANCHING_STEPS
 from ..attnrl.steps import StepDelimiters
 from ..base.options import check_choices
 from ..evaluation.run import weights_digest
@@ -25,6 +27,7 @@ from ..sampling.models import end_token_ids, load_config, load_model, num_positi
 from ..sampling.problems import parse_template_kwargs, prompt_token_ids
 from ..sampling.requests import GenerationRequest, SamplingSettings, fit_positions
 from ..sampling.transformers import sample_with_transformers
+from ..thinking import ANSWERS, END_OF_THINKING
 from .continuations import PerturbationSettings, perturb_response
 from .measure import (
     ANALYSIS_DISTANCES,
@@ -72,6 +75,16 @@ class InspectionArguments:
     step_mode: str = field(
         default="phrases", metadata={"help": "Thinking steps of the key-focus scores: 'phrases' or 'paragraphs'."}
     )
+    end_of_thinking: str = field(default=END_OF_THINKING, metadata={"help": "Text that ends the thinking part."})
+    answer: str = field(
+        default="tag", metadata={"help": "The answer begins behind the 'tag', or is 'last_boxed' or 'last_paragraph'."}
+    )
+    influence_steps: str = field(
+        default="paragraphs", metadata={"help": "Steps of the influence: 'paragraphs', 'lines' or 'sentences'."}
+    )
+    influence_aggregation: str = field(
+        default="sum", metadata={"help": "Influence is the 'sum' or the 'mean' over later steps."}
+    )
     perturb: bool = field(
         default=False,
         metadata={"help": "Force other tokens where FAI is highest and lowest, and compare how the response goes on."},
@@ -86,7 +99,12 @@ class InspectionArguments:
 
     def __post_init__(self):
         self.chat_template_kwargs = parse_template_kwargs(self.chat_template_kwargs)
-        choices = {"step_mode": STEP_MODES, "head_pool": HEAD_POOLS, "perturb_fai_from": ANALYSIS_DISTANCES}
+        choices = {
+            "answer": ANSWERS,
+            "influence_steps": BRANCHING_STEPS,
+            "influence_aggregation": INFLUENCE_AGGREGATIONS,
+        }
+        choices |= {"step_mode": STEP_MODES, "head_pool": HEAD_POOLS, "perturb_fai_from": ANALYSIS_DISTANCES}
         check_choices(self, choices)
         counts = ("num_problems", "max_new_tokens", "max_response_tokens", "perturb_positions", "perturb_candidates")
         for name in (*counts, "perturb_max_tokens", "perturb_batch_size"):
@@ -144,7 +162,7 @@ def run_inspection(args: InspectionArguments) -> str:
         raise ValueError(f"data={args.data!r} gave no response with a token; give one whose completions have text.")
     model = load_model(args.model, args.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     settings = inspection_settings(args, model)
-    delimiters = StepDelimiters.from_tokenizer(tokenizer)
+    delimiters = StepDelimiters.from_tokenizer(tokenizer, args.end_of_thinking, args.influence_steps)
     inspected = [
         inspect_response(
             model,
@@ -285,6 +303,9 @@ def inspection_settings(args: InspectionArguments, model: PreTrainedModel) -> In
         influence_delta=args.influence_delta,
         key_focus_heads=tuple(heads),
         splitter=Splitter(args.step_mode),
+        end_of_thinking=args.end_of_thinking,
+        answer=args.answer,
+        influence_aggregation=args.influence_aggregation,
     )
 
 

@@ -22,6 +22,7 @@ from ..base.credit import CreditMethod
 from ..base.report import Report
 from ..rewards import unverifiable_answers
 from ..sampling.problems import prompt_for, render_prompt
+from ..thinking import EndOfThinking, ThinkingTags
 from .memory import (
     DEVICE_OVERHEAD,
     GIB,
@@ -287,17 +288,20 @@ def check_data(dataset: Dataset, num_long: int, report: Report) -> None:
     )
 
 
-def thinking_behaviour(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None) -> str:
-    """What the chat template does about thinking, in a sentence."""
+def thinking_behaviour(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None, tags: ThinkingTags | None = None
+) -> str:
+    """What the chat template does about thinking, in a sentence; `tags` are those of `</think>` by default."""
+    tags = tags or ThinkingTags()
     if tokenizer.chat_template is None:
         return "none; the prompt is the bare text"
     prompt = render_prompt(tokenizer, prompt_for("1 + 1 =", "{problem}"), chat_template_kwargs)
-    tail = prompt.rpartition("1 + 1 =")[2]
-    if "</think>" in tail:
-        return "closes <think> in the prompt: the model is asked not to think"
-    if "<think>" in tail:
-        return "opens <think> in the prompt: completions start inside the thinking"
-    return f"leaves <think> to the model (prompts end in {tail[-20:]!r})"
+    opening, state = tags.opening or "the thinking", tags.state_of_prompt(prompt)
+    if state == "closed":
+        return f"closes {opening} in the prompt: the model is asked not to think"
+    if state == "opened":
+        return f"opens {opening} in the prompt: completions start inside the thinking"
+    return f"leaves {opening} to the model (prompts end in {prompt.rpartition('1 + 1 =')[2][-20:]!r})"
 
 
 def check_vocabulary(args: MethodConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
@@ -306,16 +310,15 @@ def check_vocabulary(args: MethodConfig, tokenizer: PreTrainedTokenizerBase, rep
     Raises:
         ValueError: if the end of thinking is unknown to the vocabulary.
     """
-    end = args.end_of_thinking
+    end, thinking = args.end_of_thinking, EndOfThinking(tokenizer, args.end_of_thinking)
     report.heading("Tokenizer")
-    report.add("chat template", thinking_behaviour(tokenizer, args.chat_template_kwargs))
-    ids = tokenizer.encode(end, add_special_tokens=False)
-    if not ids or tokenizer.unk_token_id in ids:
+    report.add("chat template", thinking_behaviour(tokenizer, args.chat_template_kwargs, thinking.tags))
+    if not thinking.in_vocabulary:
         raise ValueError(
             f"end_of_thinking={end!r} is not in the vocabulary of the tokenizer; set it to the text that ends "
             "thinking for this model, or take a model that has it."
         )
-    report.add(repr(end), "one token" if len(ids) == 1 else f"{len(ids)} tokens")
+    report.add(repr(end), "one token" if len(thinking.token_ids) == 1 else f"{len(thinking.token_ids)} tokens")
 
 
 def check_heads(args: GRPOConfig, config: PretrainedConfig, report: Report) -> None:

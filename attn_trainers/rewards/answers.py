@@ -2,6 +2,8 @@ r"""What a completion answers: the text that counts, its `\boxed{}` or what it s
 
 import re
 
+from ..thinking import END_OF_THINKING, ThinkingTags
+
 
 _BOX_OR_BRACE = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*)(?:\{|(?P<number>-?[0-9](?:[0-9.,/]*[0-9])?))|\\.|[{}]", re.DOTALL
@@ -13,14 +15,9 @@ _MAX_BETWEEN_BOXES = 40
 _MAX_BOXES = 16
 
 
-def answer_text(completion: str) -> str:
-    """The part of a completion that counts: after the last `</think>`, or all of it."""
-    return completion.rpartition("</think>")[2]
-
-
-def answered(completion: str) -> list[str]:
-    """The texts of which one has to be right: the box or boxes, or what is stated without any."""
-    text = answer_text(completion)
+def answered(completion: str, end_of_thinking: str = END_OF_THINKING) -> list[str]:
+    """The texts of which one has to be right: the box or boxes after the thinking, or what is stated without any."""
+    text = ThinkingTags(end_of_thinking).answer_text(completion)
     boxes = boxed_answers(text)
     if boxes is None:
         whole = text.strip()

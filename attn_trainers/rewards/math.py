@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .answers import answer_text, answered, boxed_answers, choice
+from ..thinking import END_OF_THINKING, ThinkingTags
+from .answers import answered, boxed_answers, choice
 from .numbers import for_algebra, plain_number, plain_text
 from .pool import KILLED, RIGHT, TIMEOUT, WRONG, shared_pool
 from .spelling import spelled
@@ -92,10 +93,10 @@ def _accepted(answer) -> list[str]:
     return [spelled(text) for text in texts if text]
 
 
-def _prepare(completion: str, answer) -> bool | dict:
+def _prepare(completion: str, answer, end_of_thinking: str) -> bool | dict:
     """Right or wrong where that is plain to see, otherwise the request for a grading worker."""
     golds = _accepted(answer)
-    answers = [spelled(text) for text in dict.fromkeys(answered(completion))]
+    answers = [spelled(text) for text in dict.fromkeys(answered(completion, end_of_thinking))]
     if sum(map(len, golds)) > _MAX_GOLD_CHARS:
         golds = []
     settled = [_settle(text, gold) for text in answers if text for gold in golds]
@@ -105,9 +106,11 @@ def _prepare(completion: str, answer) -> bool | dict:
     return {"pairs": pairs} if pairs else False
 
 
-def _grade(completions: Sequence[str], answers: Sequence, timeout: float, within: float | None = None) -> list[str]:
+def _grade(
+    completions: Sequence[str], answers: Sequence, ends: Sequence[str], timeout: float, within: float | None = None
+) -> list[str]:
     """RIGHT, WRONG, TIMEOUT or KILLED per completion. Equal requests are graded once."""
-    prepared = [_prepare(completion, answer) for completion, answer in zip(completions, answers, strict=True)]
+    prepared = [_prepare(*one) for one in zip(completions, answers, ends, strict=True)]
     open_requests = {repr(request): request for request in prepared if isinstance(request, dict)}
     graded = shared_pool().grade(list(open_requests.values()), timeout, within) if open_requests else []
     outcome_of = dict(zip(open_requests, graded, strict=True))
@@ -127,25 +130,40 @@ def _final_message(completion: str | list[dict]) -> str:
     return content or ""
 
 
-def math_accuracy(completion: str, answer: str | list[str], *, timeout: float = TIMEOUT_SECONDS) -> float:
+def ends_of_thinking(given: str | Sequence[str] | None, count: int) -> list[str]:
+    """What ends the thinking of each of `count` completions, from what a reward function was given: a text for all,
+    one for each (as the trainers here pass their setting), or nothing for the default."""
+    if given is None or isinstance(given, str):
+        return [given or END_OF_THINKING] * count
+    return list(given)
+
+
+def math_accuracy(
+    completion: str,
+    answer: str | list[str],
+    *,
+    timeout: float = TIMEOUT_SECONDS,
+    end_of_thinking: str = END_OF_THINKING,
+) -> float:
     r"""1.0 if the final answer of a completion equals an accepted answer, else 0.0 (AttnRL's accuracy reward, 0/1).
 
-    Only the text after the last `</think>` counts, and in it only the last `\boxed{}` if there is one. Sets, tuples,
-    intervals, units and percentages compare as in math-verify.
+    Only the text after the last end of thinking counts, and in it only the last `\boxed{}` if there is one. Sets,
+    tuples, intervals, units and percentages compare as in math-verify.
 
     Args:
         completion: what the model wrote; any text, however long, deep or malformed.
         answer: the accepted answer or several of them, of which any is right.
         timeout: seconds of work after which the answer counts as wrong. The call is over within a second more, the
             start of a worker (one to two seconds where none runs yet) included.
+        end_of_thinking: text that ends the thinking.
 
     Raises:
         RuntimeError: grading workers cannot be started.
     """
-    return float(_grade([completion], [answer], timeout, within=timeout + 0.4)[0] == RIGHT)
+    return float(_grade([completion], [answer], [end_of_thinking], timeout, within=timeout + 0.4)[0] == RIGHT)
 
 
-def math_accuracy_reward(completions, answer, log_metric=None, **kwargs) -> list[float]:
+def math_accuracy_reward(completions, answer, log_metric=None, end_of_thinking=None, **kwargs) -> list[float]:
     """TRL reward function: `math_accuracy` of a batch, graded in parallel.
 
     Args:
@@ -153,20 +171,24 @@ def math_accuracy_reward(completions, answer, log_metric=None, **kwargs) -> list
         answer: the dataset's column, one accepted answer or list of accepted answers per completion.
         log_metric: TRL's; receives `grading/timeouts` and `grading/kills`, the number of completions of this call that
             lost their answer to the time limit or with their worker. Both are logged on every call of every rank.
+        end_of_thinking: text that ends the thinking, for all or for each; the trainers here pass their setting.
 
     Raises:
         RuntimeError: grading workers cannot be started.
     """
-    outcomes = _grade([_final_message(completion) for completion in completions], answer, TIMEOUT_SECONDS)
+    texts, ends = [_final_message(one) for one in completions], ends_of_thinking(end_of_thinking, len(completions))
+    outcomes = _grade(texts, answer, ends, TIMEOUT_SECONDS)
     if log_metric is not None:
         log_metric("grading/timeouts", float(outcomes.count(TIMEOUT)))
         log_metric("grading/kills", float(outcomes.count(KILLED)))
     return [float(outcome == RIGHT) for outcome in outcomes]
 
 
-def boxed_format_reward(completions, **kwargs) -> list[float]:
-    r"""TRL reward function: 1.0 where the text after the last `</think>` holds a closed, non-empty `\boxed{}`."""
-    return [float(bool(boxed_answers(answer_text(_final_message(completion))))) for completion in completions]
+def boxed_format_reward(completions, end_of_thinking=None, **kwargs) -> list[float]:
+    r"""TRL reward function: 1.0 where the text after the thinking holds a closed, non-empty `\boxed{}`."""
+    ends = ends_of_thinking(end_of_thinking, len(completions))
+    answers = [ThinkingTags(end).answer_text(_final_message(one)) for one, end in zip(completions, ends, strict=True)]
+    return [float(bool(boxed_answers(answer))) for answer in answers]
 
 
 def unverifiable_answers(answers: Sequence[str | list[str]]) -> list[int]:

@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -101,19 +99,3 @@ def cut_completion(token_ids: Sequence[int], max_tokens: int, eos_token_ids: Seq
 def count_missing_logps(completions: Sequence[GeneratedTokens]) -> int:
     """Tokens for which the sampler gave no usable log-probability (NaN)."""
     return sum(math.isnan(logp) for completion in completions for logp in completion.logps or ())
-
-
-def count_thinking_tokens(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], token_ids: list[int]) -> int:
-    """Tokens up to and including the first `</think>`; all if thinking was opened, not closed; 0 if never opened."""
-    text = tokenizer.decode(token_ids)
-    if "</think>" not in text:
-        opened = "<think>" in text or tokenizer.decode(prompt_ids).rstrip().endswith("<think>")
-        return len(token_ids) if opened else 0
-    low, high = 1, len(token_ids)  # the shortest prefix whose text has the tag
-    while low < high:
-        middle = (low + high) // 2
-        if "</think>" in tokenizer.decode(token_ids[:middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return low

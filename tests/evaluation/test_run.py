@@ -28,7 +28,7 @@ from attn_trainers.evaluation.statistics import (
 )
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.sampling.problems import prompt_token_ids
-from attn_trainers.sampling.requests import count_thinking_tokens
+from attn_trainers.thinking import EndOfThinking
 from attn_trainers.tiny.byte_model import build_byte_model, build_byte_tokenizer
 
 
@@ -147,7 +147,7 @@ def test_default_samples_are_the_papers():
 def test_thinking_tokens(prompt, completion, expected):
     tokenizer = build_byte_tokenizer()  # a tag is one token, any other character here too
     ids = [tokenizer(text)["input_ids"] for text in (prompt, completion)]
-    assert count_thinking_tokens(tokenizer, *ids) == expected
+    assert EndOfThinking(tokenizer).count_tokens(*ids) == expected
 
 
 # Runs ------------------------------------------------------------------------------------------------
