@@ -170,15 +170,8 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
         """Say of the first batch what attention has to choose from, and which setting would help."""
         rollouts = [rollout for prompt in prompts for rollout in prompt.rollouts]
         if self.ranks.is_first and rollouts:
-            logger.info(
-                str(
-                    report_branching(
-                        [r.step_ranges for r in rollouts],
-                        [r.influence for r in rollouts],
-                        **self.args.branching_options(),
-                    )
-                )
-            )
+            steps, influences = [r.step_ranges for r in rollouts], [r.influence for r in rollouts]
+            logger.info(str(report_branching(steps, influences, **self.args.branching_options())))
 
     def _filter_easy(self, prompts: Sequence[PromptRollouts]) -> None:
         """Mark easy prompts, by a running mean over the solved prompts of all ranks in the order of their draws."""

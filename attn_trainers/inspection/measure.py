@@ -52,9 +52,9 @@ STATISTICS = ("entropy", "receiver_global", "fai_after_waad")
 HEAD_POOLS = ("all", "middle")
 # Why a response has no key-focus scores, by the reason that the alignment of its steps gives.
 NO_THINKING_STEPS = {
-    "no_end_of_thinking": "the response has no end of thinking: its model writes none, or it was cut off while thinking",
+    "no_end_of_thinking": "the thinking has no end: the model writes none, or the response was cut off while thinking",
     "several_end_of_thinking": "the response has more than one end of thinking",
-    "no_answer": "nothing follows </think>",
+    "no_answer": "nothing follows the thinking",
     "too_few_steps": "the thinking is less than two steps",
 }
 _ENTROPY_ROWS = 256
