@@ -38,7 +38,7 @@ def test_malformed_heads_are_refused(heads):
 
 def test_heads_file_round_trip(tmp_path):
     path = tmp_path / "heads.json"
-    saved = KeyFocusHeads("Qwen/Qwen3-4B", [[20, 3], [18, 1]], [0.95, 0.91], {"average": "macro"})
+    saved = KeyFocusHeads("Qwen/Qwen3-4B", [[20, 3], [18, 1]], [0.95, 0.91], settings={"average": "macro"})
     save_heads(path, saved)
     assert load_heads(path) == saved
     assert json.loads(path.read_text())["heads"] == [[20, 3], [18, 1]]
