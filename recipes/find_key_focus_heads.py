@@ -15,65 +15,16 @@ intervals, scores of position and length beside them, ensembles, held-out accura
 `--compare A B` takes two such folders and says how the ranking moved: `comparison.json` and `comparison.png`.
 """
 
-import json
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from attn_trainers.attnpo.discovery.comparison import compare_heads
-from attn_trainers.attnpo.discovery.pictures import (
-    plot_comparison,
-    plot_ensembles,
-    plot_head_map,
-    plot_intervention,
-)
-from attn_trainers.attnpo.discovery.run import DiscoveryArguments, discover_heads
-from attn_trainers.attnpo.discovery.summary import discovery_text
-
-
-@dataclass
-class CompareArguments:
-    """Two discoveries to compare."""
-
-    compare: list[str] = field(metadata={"help": "Output folders of two discoveries."})
-    output: str = field(default="runs/heads_moved", metadata={"help": "Folder for what is found."})
-
-    def __post_init__(self):
-        if len(self.compare) != 2:
-            raise ValueError(f"compare={self.compare} must be two folders; give the outputs of two discoveries.")
-
-
-def main(args: DiscoveryArguments) -> None:
-    """Find the heads, draw the pictures and print the ranking."""
-    heads, report, held_out = discover_heads(args)
-    output = Path(args.output)
-    plot_head_map(report, list(heads.heads), output / "head_map.png")
-    plot_ensembles(report, output / "ensembles.png")
-    if report.intervention:
-        plot_intervention(report.intervention, output / "intervention.png")
-    print(discovery_text(heads, report, held_out))
-    print(f"Heads file: {output / 'heads.json'}")
-
-
-def compare(args: CompareArguments) -> None:
-    """Say how the ranking moved between two models."""
-    comparison = compare_heads(*args.compare)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "comparison.json").write_text(json.dumps(asdict(comparison), indent=2) + "\n")
-    plot_comparison(comparison, output / "comparison.png")
-    print(
-        f"SRA over {len(comparison.first_sra)} heads (criterion {comparison.criterion}): Pearson "
-        f"{comparison.pearson:.3f}, Spearman {comparison.spearman:.3f}\n"
-        f"Chosen heads {comparison.first_heads} and {comparison.second_heads}: {comparison.num_shared} shared, "
-        f"overlap {comparison.overlap:.2f}"
-    )
+from attn_trainers.attnpo.discovery.arguments import DiscoveryArguments
+from attn_trainers.attnpo.discovery.command import ComparisonArguments, compare, find
 
 
 if __name__ == "__main__":
     if "--compare" in sys.argv:
-        compare(HfArgumentParser(CompareArguments).parse_args_into_dataclasses()[0])
+        compare(HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()[0])
     else:
-        main(HfArgumentParser(DiscoveryArguments).parse_args_into_dataclasses()[0])
+        find(HfArgumentParser(DiscoveryArguments).parse_args_into_dataclasses()[0])

@@ -30,4 +30,4 @@ def interval_ends(means: Tensor, coverage: float = 0.95) -> tuple[Tensor, Tensor
 def problem_numbers(problems: Sequence[str]) -> Tensor:
     """(R,) long: the number of each problem, in the order in which they first appear."""
     number_of = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
-    return torch.tensor([number_of[problem] for problem in problems])
+    return torch.tensor([number_of[problem] for problem in problems], dtype=torch.long)

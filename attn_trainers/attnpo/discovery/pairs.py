@@ -7,7 +7,8 @@ the pairs they compare:
 
 - "matched": pairs of steps that stand close together, the pairs whose essential step comes first and those whose
   redundant step does weighing alike. Any score that only rises or only falls with position has 0.5.
-- "before": pairs of steps that both stand before the answer was first derived, where no label is one of position.
+- "before": pairs of steps that both stand before the answer was first derived, where no label is one of position;
+  none in a response of which the derivation is not known.
 - "all": all pairs, as published.
 
 An example of "matched" with `match_distance=0.2`: in the steps e r e r r of one response neighbours are compared,
@@ -23,7 +24,14 @@ import torch
 from torch import Tensor
 
 
-CRITERIA = ("matched", "before", "all")
+GROUPS = {
+    "matched": ("essential step first", "redundant step first"),
+    "before": ("both before the derivation",),
+    "all": ("all",),
+}
+"""The groups of pairs of each criterion, which weigh alike."""
+
+CRITERIA = tuple(GROUPS)
 
 BASELINES = ("-index", "index", "length", "-length")
 """Scores that know nothing of attention: earlier, later, longer and shorter steps first."""
@@ -39,7 +47,8 @@ class ScoredSteps:
         redundant: (S,) bool; a step may be neither.
         lengths: (S,) tokens of each step.
         problem: The problem, to which responses that are resampled together belong.
-        derivation: Index of the first step that derives the answer; None where none is known to.
+        derivation: Index of the first step that derives the answer, or the number of steps where no label hangs on
+            one; None where it is not known.
     """
 
     scores: Tensor
@@ -90,8 +99,8 @@ def step_pairs(response: ScoredSteps, criterion: str, match_distance: float = 0.
         limit = max(1, int(match_distance * len(response.essential)))
         near = (first - second).abs() <= limit
         return [(first[one], second[one]) for one in (near & (first < second), near & (first > second))]
-    if criterion == "before" and response.derivation is not None:
-        early = torch.maximum(first, second) < response.derivation
+    if criterion == "before":
+        early = torch.maximum(first, second) < (response.derivation or 0)
         return [(first[early], second[early])]
     return [(first, second)]
 

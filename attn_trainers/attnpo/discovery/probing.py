@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ...attention import KeyFocusObserver, decoder_of, forward_for_attention
 from ..alignment import StepAlignment
 from .labels import (
+    BY_LIKELIHOOD,
     GIVEN,
     REDUNDANT,
     LabelledCompletion,
@@ -78,13 +79,16 @@ class ProbedResponse:
     @property
     def scored_steps(self) -> ScoredSteps:
         """What the ranking needs of it."""
+        derivation = self.response.derivation
+        if derivation is None and self.response.label_source == BY_LIKELIHOOD:
+            derivation = len(self.response.labels)  # no label is one of position
         return ScoredSteps(
             scores=self.scores,
             essential=self.response.essential,
             redundant=self.response.redundant,
             lengths=torch.tensor([end - start for start, end in self.response.step_ranges]),
             problem=self.response.problem,
-            derivation=self.response.derivation,
+            derivation=derivation,
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .bootstrap import interval_ends, problem_numbers, resampled_counts
-from .pairs import BASELINES, CRITERIA, ScoredSteps, baseline_scores, pair_accuracy, step_pairs
+from .pairs import BASELINES, CRITERIA, GROUPS, ScoredSteps, baseline_scores, pair_accuracy, step_pairs
 
 
 SraOf = Callable[[Sequence[ScoredSteps]], Tensor]
@@ -128,30 +128,21 @@ class CriterionReport:
 def ranking_table(
     responses: Sequence[ScoredSteps], criterion: str = "all", match_distance: float = 0.2
 ) -> RankingTable:
-    """Accuracy of every head on every response that has a pair to compare.
-
-    Raises:
-        ValueError: No response has one.
-    """
-    accuracies, counts, problems = [], [], []
+    """Accuracy of every head on every response that has a pair to compare."""
+    rows, problems = [], []  # (G, H) accuracies and pairs of each group
     for one in responses:
         groups = step_pairs(one, criterion, match_distance)
         sizes = [len(essential) for essential, _ in groups]
         if any(sizes):
-            empty = torch.zeros(one.scores.shape[0], dtype=torch.float64)
-            accuracies.append(
-                torch.stack(
-                    [pair_accuracy(one.scores, pairs) if n else empty for pairs, n in zip(groups, sizes, strict=True)]
-                )
-            )
-            counts.append(sizes)
+            none = torch.zeros(len(one.scores), dtype=torch.float64)
+            accuracies = [pair_accuracy(one.scores, pairs) if len(pairs[0]) else none for pairs in groups]
+            rows.append((torch.stack(accuracies), torch.tensor(sizes, dtype=torch.float64)))
             problems.append(one.problem)
-    if not counts:
-        raise ValueError(
-            f"criterion={criterion!r}: none of {len(responses)} responses has an essential and a redundant step to "
-            "compare; label more responses, or change the thresholds of the labels."
-        )
-    return RankingTable(torch.stack(accuracies), torch.tensor(counts, dtype=torch.float64), problem_numbers(problems))
+    if not rows:
+        groups = len(GROUPS[criterion])
+        return RankingTable(torch.zeros(0, groups, 0), torch.zeros(0, groups), problem_numbers([]))
+    accuracies, num_pairs = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    return RankingTable(accuracies, num_pairs, problem_numbers(problems))
 
 
 def criterion_report(
@@ -159,11 +150,8 @@ def criterion_report(
 ) -> CriterionReport:
     """SRA of all heads and baselines, with intervals; empty where a group of the criterion has no pair."""
     beside = [one.with_scores(torch.cat([one.scores.double(), baseline_scores(one)])) for one in responses]
-    try:
-        table = ranking_table(beside, criterion, options.match_distance)
-    except ValueError:
-        return CriterionReport(0, 0, [0], [], [], [], {})
-    size = (int(table.problems.max()) + 1, len(table.problems), table.pairs_by_group)
+    table = ranking_table(beside, criterion, options.match_distance)
+    size = (len(table.problems.unique()), len(table.problems), table.pairs_by_group)
     if 0 in table.pairs_by_group:
         return CriterionReport(*size, [], [], [], {})
     sra = table.mean(options.average).tolist()

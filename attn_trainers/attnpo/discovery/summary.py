@@ -2,6 +2,7 @@
 
 from ...tables import markdown_table
 from ..heads import KeyFocusHeads
+from .comparison import HeadComparison
 from .held_out import HeldOutReport
 from .pairs import BASELINES, CRITERIA
 from .report import HeadReport
@@ -45,6 +46,16 @@ def discovery_text(heads: KeyFocusHeads, report: HeadReport, held_out: HeldOutRe
             f"({low:+.4f} to {high:+.4f})"
         )
     return "\n\n".join(parts)
+
+
+def comparison_text(comparison: HeadComparison) -> str:
+    """How the ranking moved between two models."""
+    return (
+        f"SRA over {len(comparison.first_sra)} heads (criterion {comparison.criterion}) of {comparison.first_model} "
+        f"and {comparison.second_model}: Pearson {comparison.pearson:.3f}, Spearman {comparison.spearman:.3f}\n"
+        f"Chosen heads {comparison.first_heads} and {comparison.second_heads}: {comparison.num_shared} shared, "
+        f"overlap {comparison.overlap:.2f}"
+    )
 
 
 def _held_out(report: HeldOutReport) -> str:

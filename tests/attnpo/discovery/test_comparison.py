@@ -6,6 +6,7 @@ import runpy
 import pytest
 import torch
 
+from attn_trainers.attnpo.discovery.command import ComparisonArguments
 from attn_trainers.attnpo.discovery.comparison import compare_heads
 from attn_trainers.attnpo.discovery.ranking import CriterionReport
 from attn_trainers.attnpo.discovery.report import HeadReport
@@ -51,14 +52,15 @@ def test_another_criterion_where_one_has_no_matched_pairs(two, tmp_path):
     assert (found.criterion, found.pearson) == ("all", pytest.approx(1.0))
 
 
-def test_recipe_compares(two, tmp_path, capsys):
-    recipe = runpy.run_path(str(ROOT / "recipes" / "find_key_focus_heads.py"))
-    recipe["compare"](recipe["CompareArguments"]([str(folder) for folder in two], str(tmp_path / "moved")))
+def test_recipe_compares(two, tmp_path, capsys, monkeypatch):
+    arguments = ["--compare", *map(str, two), "--output", str(tmp_path / "moved")]
+    monkeypatch.setattr("sys.argv", ["find_key_focus_heads.py", *arguments])
+    runpy.run_path(str(ROOT / "recipes" / "find_key_focus_heads.py"), run_name="__main__")
     assert "1 shared, overlap 0.33" in capsys.readouterr().out
     assert (tmp_path / "moved" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "moved" / "comparison.json").read_text())["num_shared"] == 1
     with pytest.raises(ValueError, match="must be two folders"):
-        recipe["CompareArguments"](["a"])
+        ComparisonArguments(["a"])
 
 
 def test_what_cannot_be_compared_is_refused(two, tmp_path):

@@ -34,7 +34,8 @@ def test_pairs_of_the_criteria():
     assert as_sets(step_pairs(response, "matched")) == [{(0, 1), (2, 3)}, {(2, 1)}]
     assert as_sets(step_pairs(response, "matched", 0.4)) == [{(0, 1), (2, 3), (2, 4)}, {(2, 1)}]
     assert as_sets(step_pairs(response, "before")) == [{(0, 1)}]
-    assert as_sets(step_pairs(steps_of("ererr"), "before")) == [everything]
+    assert as_sets(step_pairs(steps_of("ererr", derivation=5), "before")) == [everything]
+    assert as_sets(step_pairs(steps_of("ererr"), "before")) == [set()]
     with pytest.raises(ValueError, match="criterion='near' is unknown"):
         step_pairs(response, "near")
 

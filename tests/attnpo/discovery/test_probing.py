@@ -5,8 +5,16 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from attn_trainers.attnpo.discovery import probing
-from attn_trainers.attnpo.discovery.labels import ESSENTIAL, REDUNDANT, LikelihoodThresholds
+from attn_trainers.attnpo.discovery.labels import (
+    BY_LIKELIHOOD,
+    ESSENTIAL,
+    GIVEN,
+    REDUNDANT,
+    LabelledCompletion,
+    LikelihoodThresholds,
+)
 from attn_trainers.attnpo.discovery.probing import (
+    ProbedResponse,
     answer_logps,
     chunked_logps,
     label_steps,
@@ -78,3 +86,17 @@ def test_repetitions_behind_the_answer_are_redundant(doubtful, problems, candida
     candidate.problem += f" {candidate.answer}"
     labels, drops = label_steps(model, prompt_ids(problems[0]), candidate, batch_size=4, thresholds=thresholds)
     assert len(drops) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "derivation", "expected"), [(BY_LIKELIHOOD, 1, 1), (BY_LIKELIHOOD, None, 2), (GIVEN, None, None)]
+)
+def test_steps_before_a_derivation_that_is_not_known(source, derivation, expected):
+    ranges = [(0, 2), (2, 3)]
+    response = LabelledCompletion(
+        "p", "1", "", [5, 6, 7, 8], ranges, ["a", "b"], [ESSENTIAL, REDUNDANT], source, derivation
+    )
+    probed = ProbedResponse([1, 2, 3], 3, response, torch.zeros(4, 2))
+    assert probed.scored_steps.derivation == expected
+    assert probed.scored_steps.lengths.tolist() == [2, 1]
+    assert (probed.ids, probed.step_ranges) == ([1, 2, 3, 5, 6, 7, 8], [(3, 5), (5, 6)])

@@ -138,8 +138,9 @@ def test_the_criterion_falls_back_and_says_so():
 
 
 def test_what_cannot_be_ranked_is_refused():
-    with pytest.raises(ValueError, match="none of 1 responses"):
-        ranking_table([scored([[1.0, 2.0]], "rr")])
+    for criterion, counts in (("matched", [0, 0]), ("before", [0]), ("all", [0])):
+        none = criterion_report([scored([[1.0, 2.0]], "rr")], criterion, RankingOptions(), torch.Generator())
+        assert (none.num_responses, none.num_problems, none.num_pairs, none.sra) == (0, 0, counts, [])
     for options, message in (
         ({"average": "mean"}, "average='mean'"),
         ({"criterion": "near"}, "criterion='near'"),

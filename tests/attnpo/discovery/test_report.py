@@ -18,7 +18,7 @@ def test_report_finds_the_planted_heads():
         scores = torch.rand(layers * heads, 12, generator=generator)
         scores[7] += 0.9 * essential
         scores[10] += 0.5 * essential
-        responses.append(ScoredSteps(scores, essential, ~essential, torch.ones(12), str(index)))
+        responses.append(ScoredSteps(scores, essential, ~essential, torch.ones(12), str(index), 12))
     report = build_report(
         responses, model_name="m", num_layers=layers, num_heads=heads, generator=generator, max_heads=4
     )

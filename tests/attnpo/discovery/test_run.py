@@ -94,14 +94,15 @@ def test_given_labels_lead_to_the_ranking_of_eager_attention(
         discover_heads(DiscoveryArguments(**(settings | {"step_mode": "phrases"})))
 
 
-def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys):
+def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys, monkeypatch):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
     settings = {"model": str(doubtful), "data": str(data), "output": str(tmp_path / "out"), "held_out": 0.5}
     settings |= {"step_mode": "paragraphs", "prompt_template": "{problem}", "max_new_tokens": 64, "num_samples": 8}
     settings |= {"backend": "transformers", "min_accuracy": 0.0, "max_responses": 20, "num_heads": 2}
-    recipe = runpy.run_path(str(ROOT / "recipes" / "find_key_focus_heads.py"))
-    recipe["main"](DiscoveryArguments(**settings))
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["find_key_focus_heads.py", *arguments])
+    runpy.run_path(str(ROOT / "recipes" / "find_key_focus_heads.py"), run_name="__main__")
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     heads, held_out = load_heads(tmp_path / "out" / "heads.json"), report["held_out"]
