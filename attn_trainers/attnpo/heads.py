@@ -34,16 +34,16 @@ class KeyFocusHeads:
     """The content of a heads file.
 
     Attributes:
-        model_name: Model the heads were found in.
-        heads: Pairs (layer, head), best first.
-        sra: Step ranking accuracy of each, in [0, 1]; empty if unknown.
-        num_layers: Layers of the model; None if unknown, as the three below.
-        num_heads: Attention (query) heads in a layer.
+        model_name: model the heads were found in.
+        heads: pairs (layer, head), best first.
+        sra: step ranking accuracy of each, in [0, 1]; empty if unknown.
+        num_layers: layers of the model; None if unknown, as the three below.
+        num_heads: attention (query) heads in a layer.
         fingerprint: `model_fingerprint` of the model.
-        step_mode: How its thinking was cut into steps.
-        label_source: Who labelled the steps: a rule or a judge.
-        criterion: Pairs of steps that the heads were ranked by.
-        settings: What the discovery ran with, for the record.
+        step_mode: how its thinking was cut into steps.
+        label_source: who labelled the steps: a rule or a judge.
+        criterion: pairs of steps that the heads were ranked by.
+        settings: what the discovery ran with, for the record.
     """
 
     model_name: str
@@ -69,7 +69,7 @@ class KeyFocusHeads:
         """Refuse a model of another shape than the heads were found in. What the file does not know is not checked.
 
         Raises:
-            ValueError: Layers, heads or the fingerprint differ.
+            ValueError: layers, heads or the fingerprint differ.
         """
         known = (self.num_layers, self.num_heads, self.fingerprint if fingerprint else None)
         actual = (num_layers, num_heads, fingerprint)
@@ -87,7 +87,7 @@ class KeyFocusHeads:
         """Refuse steps that are cut another way than those the heads were found on.
 
         Raises:
-            ValueError: The modes differ.
+            ValueError: the modes differ.
         """
         if self.step_mode not in (None, step_mode):
             raise ValueError(
@@ -118,8 +118,8 @@ def load_heads(path: str | Path) -> KeyFocusHeads:
     """Read a heads file.
 
     Raises:
-        ValueError: It is no JSON object with `model_name` and `heads`, or a field is malformed.
-        FileNotFoundError: There is no such file.
+        ValueError: it is no JSON object with `model_name` and `heads`, or a field is malformed.
+        FileNotFoundError: there is no such file.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -140,7 +140,7 @@ def parse_heads(heads: Sequence) -> tuple[Head, ...]:
     """Check that `heads` is a non-empty list of distinct pairs of non-negative integers.
 
     Raises:
-        ValueError: It is not.
+        ValueError: it is not.
     """
     if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
         raise ValueError(f"heads={heads!r} must be a non-empty list of [layer, head] pairs")
@@ -167,19 +167,19 @@ def resolve_heads(
     """Heads to read in a model.
 
     Args:
-        heads: A list of [layer, head] pairs, the path of a heads file, the name of a known model (for one tuned from
+        heads: a list of [layer, head] pairs, the path of a heads file, the name of a known model (for one tuned from
             it), or None for the known heads of this model.
-        model_name: Name or path of the model. Known models are recognised by its last part.
-        num_layers: Layers of the model.
-        num_heads: Attention (query) heads in a layer.
-        step_mode: How the steps are cut that the heads are to rank; None leaves a heads file's mode unchecked.
+        model_name: name or path of the model. Known models are recognised by its last part.
+        num_layers: layers of the model.
+        num_heads: attention (query) heads in a layer.
+        step_mode: how the steps are cut that the heads are to rank; None leaves a heads file's mode unchecked.
         fingerprint: `model_fingerprint` of the model; None leaves that of a heads file unchecked.
 
     Returns:
         Pairs (layer, head).
 
     Raises:
-        ValueError: The heads are malformed or not in the model, a heads file belongs to a model of another shape or to
+        ValueError: the heads are malformed or not in the model, a heads file belongs to a model of another shape or to
             another step mode, or none are given for a model without known ones.
     """
     command = DISCOVERY_COMMAND.format(model=model_name)

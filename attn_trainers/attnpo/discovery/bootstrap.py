@@ -11,8 +11,8 @@ def resampled_counts(problems: Tensor, samples: int, generator: torch.Generator)
 
     Args:
         problems: (R,) long, number of the response's problem, from 0 on.
-        samples: Number of resamplings.
-        generator: Their source.
+        samples: number of resamplings.
+        generator: their source.
     """
     number = int(problems.max()) + 1
     drawn = torch.randint(number, (samples, number), generator=generator)

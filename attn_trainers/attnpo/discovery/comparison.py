@@ -20,15 +20,15 @@ class HeadComparison:
     """Two rankings of the heads of one shape.
 
     Attributes:
-        first_model, second_model: The models.
-        num_layers: Layers of both.
-        num_heads: Attention heads in each layer.
-        criterion: Pairs of steps on which both are measured.
-        pearson: Correlation of the SRA over heads.
-        spearman: Correlation of the ranks.
-        first_heads, second_heads: The heads that were chosen in each.
-        num_shared: Heads chosen in both.
-        overlap: Share of the heads chosen in either that are chosen in both.
+        first_model, second_model: the models.
+        num_layers: layers of both.
+        num_heads: attention heads in each layer.
+        criterion: pairs of steps on which both are measured.
+        pearson: correlation of the SRA over heads.
+        spearman: correlation of the ranks.
+        first_heads, second_heads: the heads that were chosen in each.
+        num_shared: heads chosen in both.
+        overlap: share of the heads chosen in either that are chosen in both.
         first_sra, second_sra: SRA of each head, flat.
     """
 
@@ -53,11 +53,11 @@ def compare_heads(first: str | Path, second: str | Path) -> HeadComparison:
     Measured on the criterion that both rank by, else on the first of `CRITERIA` for which both have pairs.
 
     Args:
-        first: Output folder of a discovery.
-        second: That of another, of a model with as many layers and heads.
+        first: output folder of a discovery.
+        second: that of another, of a model with as many layers and heads.
 
     Raises:
-        ValueError: A folder holds no report, or the models differ in shape.
+        ValueError: a folder holds no report, or the models differ in shape.
     """
     a, b = _read(first), _read(second)
     if (a.num_layers, a.num_heads) != (b.num_layers, b.num_heads):

@@ -15,15 +15,15 @@ class HeldOutReport:
     """SRA on problems that had no part in choosing the heads.
 
     Attributes:
-        criterion: Pairs that are compared: those the heads are ranked by, or "all" where held-out responses lack them.
-        num_responses: Responses with a pair to compare.
-        num_pairs: Pairs in each group of the criterion.
+        criterion: pairs that are compared: those the heads are ranked by, or "all" where held-out responses lack them.
+        num_responses: responses with a pair to compare.
+        num_pairs: pairs in each group of the criterion.
         chosen: SRA of the chosen heads together (mean score).
-        lower: Lower end of its bootstrap interval (95 %, over problems).
-        upper: Upper end.
+        lower: lower end of its bootstrap interval (95 %, over problems).
+        upper: upper end.
         best_single: SRA of the head that ranked first.
         median: SRA of the median head.
-        share_below: Share of the heads whose SRA is below that of the chosen ones together.
+        share_below: share of the heads whose SRA is below that of the chosen ones together.
         baselines: SRA and interval of scores that know nothing of attention.
     """
 

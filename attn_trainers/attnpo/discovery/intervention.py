@@ -29,9 +29,9 @@ class Block:
     """What some heads may not see in one row of a batch.
 
     Attributes:
-        heads: Pairs (layer, query head).
-        ranges: Half-open (start, end) ranges of the keys that are hidden.
-        query_start: First query they are hidden from; the ranges end at or before it.
+        heads: pairs (layer, query head).
+        ranges: half-open (start, end) ranges of the keys that are hidden.
+        query_start: first query they are hidden from; the ranges end at or before it.
     """
 
     heads: tuple[Head, ...]
@@ -55,11 +55,11 @@ def masked_attention(model: nn.Module, blocks: Sequence[Block | None]) -> Iterat
     hidden keys.
 
     Args:
-        model: A transformers decoder, plain or wrapped, with an attention implementation of `AttentionInterface`.
-        blocks: One per row of the batch; None leaves a row alone. The rows must have no padding.
+        model: a transformers decoder, plain or wrapped, with an attention implementation of `AttentionInterface`.
+        blocks: one per row of the batch; None leaves a row alone. The rows must have no padding.
 
     Raises:
-        ValueError: Where the attention is not a plain causal softmax of queries and keys, a head does not exist, or
+        ValueError: where the attention is not a plain causal softmax of queries and keys, a head does not exist, or
             the batch has another number of rows.
     """
     decoder = decoder_of(model)
@@ -149,12 +149,12 @@ class InterventionReport:
     share of the steps with the highest, or the lowest, score of the chosen heads.
 
     Attributes:
-        num_responses: Responses probed.
-        num_problems: Their problems.
-        drops: Per condition mean and bootstrap interval (95 %, over problems) of the loss of log-likelihood, in nats
+        num_responses: responses probed.
+        num_problems: their problems.
+        drops: per condition mean and bootstrap interval (95 %, over problems) of the loss of log-likelihood, in nats
             per answer token.
-        changed: Per condition the share of answer tokens at which another token becomes the most likely.
-        contrast: Mean and interval of (chosen high - chosen low) - (random high - random low), in nats per token.
+        changed: per condition the share of answer tokens at which another token becomes the most likely.
+        contrast: mean and interval of (chosen high - chosen low) - (random high - random low), in nats per token.
             Heads that carry what the answer needs have it above 0.
     """
 
@@ -178,13 +178,13 @@ def check_by_intervention(
     """Hide steps of high and of low score from the chosen heads and from random ones, and read what the answer loses.
 
     Args:
-        model: The model, in evaluation mode.
-        responses: Those with fewer than two steps are left out.
-        chosen: The heads, (layer, head).
-        generator: Source of the random heads and of the bootstrap.
-        share: Share of a response's steps that is hidden at once, rounded up and at most half.
-        num_random: Draws of random heads per response; their effects are averaged.
-        batch_size: Rows per forward.
+        model: the model, in evaluation mode.
+        responses: those with fewer than two steps are left out.
+        chosen: the heads, (layer, head).
+        generator: source of the random heads and of the bootstrap.
+        share: share of a response's steps that is hidden at once, rounded up and at most half.
+        num_random: draws of random heads per response; their effects are averaged.
+        batch_size: rows per forward.
 
     Returns:
         None if no response has two steps, or there are not enough other heads.

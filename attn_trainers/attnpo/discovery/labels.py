@@ -27,9 +27,9 @@ class LikelihoodThresholds:
     """From what change of the answer's likelihood on a step is essential or redundant.
 
     Attributes:
-        essential_share: At most this share of a response's steps, rounded up, is essential.
-        min_drop: Least drop of an essential step, in nats per answer token.
-        max_change: Largest drop of a redundant step, in nats per answer token. A step whose removal raises the
+        essential_share: at most this share of a response's steps, rounded up, is essential.
+        min_drop: least drop of an essential step, in nats per answer token.
+        max_change: largest drop of a redundant step, in nats per answer token. A step whose removal raises the
             likelihood is redundant too.
     """
 
@@ -51,16 +51,16 @@ class LabelledCompletion:
     """A correct response and the labels of its reasoning steps: one line of a label file.
 
     Attributes:
-        problem: The problem.
-        answer: Its reference answer.
-        completion: The response, for people and judges.
-        completion_ids: Its sampled token ids.
-        step_ranges: Half-open (start, end) token ranges of the steps, relative to the completion.
-        step_texts: Their texts.
+        problem: the problem.
+        answer: its reference answer.
+        completion: the response, for people and judges.
+        completion_ids: its sampled token ids.
+        step_ranges: half-open (start, end) token ranges of the steps, relative to the completion.
+        step_texts: their texts.
         labels: "essential", "redundant" or None for each step.
-        label_source: Who labelled: `BY_LIKELIHOOD`, `GIVEN`, or what the data says, such as the name of a judge.
-        derivation: Index of the first step that derives the answer; None where none is known to.
-        drops: What the answer loses without each step up to the derivation, in nats per answer token; empty where the
+        label_source: who labelled: `BY_LIKELIHOOD`, `GIVEN`, or what the data says, such as the name of a judge.
+        derivation: index of the first step that derives the answer; None where none is known to.
+        drops: what the answer loses without each step up to the derivation, in nats per answer token; empty where the
             labels do not come from it.
     """
 
@@ -113,7 +113,7 @@ def read_labels(path: str | Path) -> Iterator[LabelledCompletion]:
     """Read a label file.
 
     Raises:
-        ValueError: A line is malformed; the message names it.
+        ValueError: a line is malformed; the message names it.
     """
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -179,8 +179,8 @@ def label_after_answer(kinds: Sequence[str], derivation: int | None) -> list[str
     which restate the answer by design.
 
     Args:
-        kinds: Kind of each step.
-        derivation: Index of the step that first derives the answer, by `first_derivation`.
+        kinds: kind of each step.
+        derivation: index of the step that first derives the answer, by `first_derivation`.
 
     Returns:
         A label or None per step; all None if no step derives the answer.
@@ -201,7 +201,7 @@ def label_by_likelihood(drops: Sequence[float], thresholds: LikelihoodThresholds
     Args:
         drops: (num_steps,) log p(answer | all steps) - log p(answer | without this step), teacher-forced, in nats per
             answer token.
-        thresholds: What is much and what is nothing.
+        thresholds: what is much and what is nothing.
 
     Returns:
         A label or None per step; None for a drop that is not finite.

@@ -46,8 +46,8 @@ class ScoredSteps:
         essential: (S,) bool.
         redundant: (S,) bool; a step may be neither.
         lengths: (S,) tokens of each step.
-        problem: The problem, to which responses that are resampled together belong.
-        derivation: Index of the first step that derives the answer, or the number of steps where no label hangs on
+        problem: the problem, to which responses that are resampled together belong.
+        derivation: index of the first step that derives the answer, or the number of steps where no label hangs on
             one; None where it is not known.
     """
 
@@ -79,16 +79,16 @@ def step_pairs(response: ScoredSteps, criterion: str, match_distance: float = 0.
     """The pairs a criterion compares in one response, in groups that weigh alike.
 
     Args:
-        response: Labelled steps.
-        criterion: One of `CRITERIA`.
-        match_distance: For "matched": pairs whose steps are at most this share of the response's steps apart count,
+        response: labelled steps.
+        criterion: one of `CRITERIA`.
+        match_distance: for "matched": pairs whose steps are at most this share of the response's steps apart count,
             and neighbours always.
 
     Returns:
         For "matched" the pairs whose essential step comes first and those whose redundant step does; else one group.
 
     Raises:
-        ValueError: The criterion is unknown.
+        ValueError: the criterion is unknown.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r} is unknown; set it to one of {', '.join(CRITERIA)}.")
@@ -110,7 +110,7 @@ def pair_accuracy(scores: Tensor, pairs: StepPairs) -> Tensor:
 
     Args:
         scores: (H, S).
-        pairs: At least one pair.
+        pairs: at least one pair.
 
     Returns:
         (H,) float64 in [0, 1].

@@ -36,8 +36,8 @@ def plot_head_map(report: HeadReport, heads: Sequence[Head], path: str | Path) -
     on the right owes its SRA to position.
 
     Args:
-        report: The ranking.
-        heads: Chosen heads (layer, head).
+        report: the ranking.
+        heads: chosen heads (layer, head).
         path: PNG to write.
     """
     width, height = max(2.2 + 0.34 * report.num_heads, 4.5), max(1.4 + 0.26 * report.num_layers, 4.0)

@@ -34,12 +34,12 @@ class Candidate:
     """A response that may be labelled.
 
     Attributes:
-        problem: The problem.
-        answer: Its reference answer; empty where the data has none.
-        completion_ids: The sampled token ids.
-        alignment: Its steps.
-        labels: Label or None of each step, where the data gives them.
-        label_source: Who made them.
+        problem: the problem.
+        answer: its reference answer; empty where the data has none.
+        completion_ids: the sampled token ids.
+        alignment: its steps.
+        labels: label or None of each step, where the data gives them.
+        label_source: who made them.
     """
 
     problem: str
@@ -55,9 +55,9 @@ class ProbedResponse:
     """A labelled response with the scores of all heads.
 
     Attributes:
-        prompt_ids: Token ids of its prompt.
-        answer_start: First token of the answer, relative to the completion; the answer ends with it.
-        response: The completion and its labels.
+        prompt_ids: token ids of its prompt.
+        answer_start: first token of the answer, relative to the completion; the answer ends with it.
+        response: the completion and its labels.
         scores: (layers · heads, S) attention of the answer to each step.
     """
 
@@ -98,7 +98,7 @@ def chunked_logps(logits: Tensor, targets: Tensor, positions: int = POSITIONS_AT
     Args:
         logits: (B, F, V).
         targets: (B, F) token ids.
-        positions: Positions at once.
+        positions: positions at once.
 
     Returns:
         (B, F) float32, in nats.

@@ -27,9 +27,9 @@ class RankingOptions:
 
     Attributes:
         average: "macro" weighs responses alike, "micro" weighs pairs alike.
-        criterion: One of `CRITERIA`, or "auto": the first of them with pairs enough.
-        match_distance: As for `step_pairs`.
-        min_pairs: Pairs that "auto" demands, in each group of the criterion.
+        criterion: one of `CRITERIA`, or "auto": the first of them with pairs enough.
+        match_distance: as for `step_pairs`.
+        min_pairs: pairs that "auto" demands, in each group of the criterion.
     """
 
     average: str = "macro"
@@ -90,10 +90,10 @@ class RankingTable:
         """Bootstrap interval of `mean` over problems: the responses of one problem are drawn together.
 
         Args:
-            generator: Source of the resampling.
-            average: As in `mean`.
-            samples: Number of resamplings; those in which a group has no pair are left out.
-            coverage: Share of them between the ends.
+            generator: source of the resampling.
+            average: as in `mean`.
+            samples: number of resamplings; those in which a group has no pair are left out.
+            coverage: share of them between the ends.
 
         Returns:
             Lower and upper end, (H,) each.
@@ -107,13 +107,13 @@ class CriterionReport:
     """SRA of all heads, and of scores that know nothing of attention, on the pairs of one criterion.
 
     Attributes:
-        num_problems: Problems with a pair.
-        num_responses: Responses with a pair.
-        num_pairs: Pairs in each group ("matched": essential step first, redundant step first).
+        num_problems: problems with a pair.
+        num_responses: responses with a pair.
+        num_pairs: pairs in each group ("matched": essential step first, redundant step first).
         sra: SRA of each head, flat; empty where a group has no pair.
-        lower: Lower end of its bootstrap interval (95 %, over problems).
-        upper: Upper end.
-        baselines: The same three numbers of each of `BASELINES`.
+        lower: lower end of its bootstrap interval (95 %, over problems).
+        upper: upper end.
+        baselines: the same three numbers of each of `BASELINES`.
     """
 
     num_problems: int
@@ -166,7 +166,7 @@ def choose_criterion(criteria: dict[str, CriterionReport], options: RankingOptio
     """The criterion that heads are ranked by, and a note where it is not "matched".
 
     Raises:
-        ValueError: The criterion that is asked for, or every criterion, has no pair to compare.
+        ValueError: the criterion that is asked for, or every criterion, has no pair to compare.
     """
     if options.criterion != "auto":
         if not criteria[options.criterion].sra:
@@ -201,10 +201,10 @@ def top_k_ensembles(
     """SRA of the mean score of the first 1, 2, ..., max_heads heads of a ranking.
 
     Args:
-        sra_of: What measures the responses.
-        responses: Scored and labelled responses.
-        ranking: Flat head indices, best first.
-        max_heads: Largest ensemble.
+        sra_of: what measures the responses.
+        responses: scored and labelled responses.
+        ranking: flat head indices, best first.
+        max_heads: largest ensemble.
     """
     first = list(ranking)[:max_heads]
     # A sum ranks steps as a mean does.
@@ -217,10 +217,10 @@ def greedy_ensemble(
     """Add, one at a time, the head that raises the SRA of the mean score most (or lowers it least).
 
     Args:
-        sra_of: What measures the responses.
-        responses: Scored and labelled responses.
-        candidates: Flat indices of the heads to choose from, those named first winning ties.
-        max_heads: Heads to choose.
+        sra_of: what measures the responses.
+        responses: scored and labelled responses.
+        candidates: flat indices of the heads to choose from, those named first winning ties.
+        max_heads: heads to choose.
 
     Returns:
         Flat indices in the order chosen, and the SRA of the ensemble after each.

@@ -24,19 +24,19 @@ class HeadReport:
     """Result of a head discovery.
 
     Attributes:
-        model_name: The model probed.
-        num_layers: Its layers.
-        num_heads: Attention heads in each.
+        model_name: the model probed.
+        num_layers: its layers.
+        num_heads: attention heads in each.
         average: "macro" or "micro".
-        criterion: The criterion that heads are ranked by.
-        note: Why it is not "matched", and what that means; empty where it is.
-        criteria: What each criterion says.
-        ranking: Heads [layer, head], best first.
-        greedy_heads: Heads [layer, head] in the order a greedy search adds them.
+        criterion: the criterion that heads are ranked by.
+        note: why it is not "matched", and what that means; empty where it is.
+        criteria: what each criterion says.
+        ranking: heads [layer, head], best first.
+        greedy_heads: heads [layer, head] in the order a greedy search adds them.
         greedy_sra: SRA of the first 1, 2, ... of them together.
         top_k_sra: SRA of the first 1, 2, ... heads of the ranking together.
-        chosen: The heads that were chosen, best first.
-        intervention: What hiding steps from them does to the answer; None where it was not tried.
+        chosen: the heads that were chosen, best first.
+        intervention: what hiding steps from them does to the answer; None where it was not tried.
     """
 
     model_name: str
@@ -90,17 +90,17 @@ def build_report(
     """Rank all heads of a model and its ensembles.
 
     Args:
-        responses: Scored and labelled responses, scores of all num_layers · num_heads heads.
-        model_name: For the record.
-        num_layers: Layers of the model.
-        num_heads: Attention heads in a layer.
-        generator: Source of the bootstrap.
-        options: How pairs become a ranking.
-        max_heads: Largest ensemble.
-        greedy_candidates: The greedy search chooses among this many best single heads.
+        responses: scored and labelled responses, scores of all num_layers · num_heads heads.
+        model_name: for the record.
+        num_layers: layers of the model.
+        num_heads: attention heads in a layer.
+        generator: source of the bootstrap.
+        options: how pairs become a ranking.
+        max_heads: largest ensemble.
+        greedy_candidates: the greedy search chooses among this many best single heads.
 
     Raises:
-        ValueError: The scores have another number of heads, or there are no pairs to compare.
+        ValueError: the scores have another number of heads, or there are no pairs to compare.
     """
     options = options or RankingOptions()
     for one in responses:

@@ -50,11 +50,11 @@ def read_jsonl(path: str | Path, *, repair: bool = False) -> list[dict]:
     """Objects of a JSONL file.
 
     Args:
-        path: The file; none if it does not exist and `repair` is set.
-        repair: Remove a last line that a crash cut off, so that the next one starts on a line of its own.
+        path: the file; none if it does not exist and `repair` is set.
+        repair: remove a last line that a crash cut off, so that the next one starts on a line of its own.
 
     Raises:
-        ValueError: A line is malformed; the message names it.
+        ValueError: a line is malformed; the message names it.
     """
     path = Path(path)
     if repair:
@@ -88,7 +88,7 @@ def find_candidates(args: DiscoveryArguments, tokenizer: PreTrainedTokenizerBase
     """Responses with usable steps, from the data or generated; at most `args.max_responses`.
 
     Raises:
-        ValueError: The data has not the columns it needs, or no response is usable.
+        ValueError: the data has not the columns it needs, or no response is usable.
     """
     records = read_jsonl(args.data)
     if not records or not all("problem" in record for record in records):
@@ -99,6 +99,10 @@ def find_candidates(args: DiscoveryArguments, tokenizer: PreTrainedTokenizerBase
         candidates = _generated_candidates(args, tokenizer, records, output)
     else:
         raise ValueError(f"data={args.data!r} has lines without answer; give problem and answer, or completions too.")
+    if not candidates:
+        raise ValueError(
+            f"data={args.data!r} leads to no correct response; give easier problems, or check the answers."
+        )
     usable = [one for one in candidates if one.alignment.reason is None][: args.max_responses]
     if not usable:
         reasons = sorted({str(one.alignment.reason) for one in candidates})
@@ -270,7 +274,7 @@ def discover_heads(args: DiscoveryArguments) -> tuple[KeyFocusHeads, HeadReport,
     """Run all stages and write `heads.json`, `report.json` and what the stages keep into `args.output`.
 
     Raises:
-        ValueError: The settings or the data cannot work, or the folder holds a discovery with other settings.
+        ValueError: the settings or the data cannot work, or the folder holds a discovery with other settings.
     """
     output = check_output(args)
     tokenizer = tokenizer_of(args.model)

@@ -12,10 +12,10 @@ def discovery_text(heads: KeyFocusHeads, report: HeadReport, held_out: HeldOutRe
     """What was found, in Markdown.
 
     Args:
-        heads: The heads that were chosen.
-        report: The ranking.
+        heads: the heads that were chosen.
+        report: the ranking.
         held_out: SRA on problems that had no part in it.
-        rows: Heads of the ranking to show.
+        rows: heads of the ranking to show.
     """
     header = ["score", *(f"SRA {name}{', 95 %' if name == report.criterion else ''}" for name in CRITERIA), ""]
     table = []

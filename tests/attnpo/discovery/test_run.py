@@ -154,6 +154,7 @@ def test_given_completions_are_graded(doubtful, problems, solution_of, tmp_path,
         (['{"problem": "1 + 1", "completion": "2</think>2"}'], "neither labels nor answer"),
         (['{"problem": "1", "completion": "2", "answer": "2"}'], "none of 1 correct responses.*no_end_of_thinking"),
         (['{"problem": "1", "completion": "1\\n\\n1</think>1", "labels": [null]}'], "1 labels for the 2 steps"),
+        (['{"problem": "1", "completion": "1\\n\\n1</think>1", "answer": "3"}'], "leads to no correct response"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(doubtful, tmp_path, lines, message):
