@@ -32,8 +32,8 @@ def plot_head_map(report: HeadReport, heads: Sequence[Head], path: str | Path) -
     """Layer x head map of the step ranking accuracy, the chosen heads framed, and beside it what position alone gives.
 
     The right panel has every head at its SRA over all pairs and over the pairs it is ranked by (where these are all
-    pairs, over those before the derivation). Scores that know nothing of attention are marked: a head beside `-index`
-    on the right owes its SRA to position.
+    pairs, over the matched ones or those before the derivation). Scores that know nothing of attention are marked,
+    also at the colour bar: a head beside one of them owes its SRA to position or length.
 
     Args:
         report: the ranking.
@@ -50,7 +50,7 @@ def plot_head_map(report: HeadReport, heads: Sequence[Head], path: str | Path) -
     pairs = " + ".join(map(str, used.num_pairs))
     figure.suptitle(
         f"{_short(report.model_name)}: {used.num_responses} responses to {used.num_problems} problems, "
-        f"{pairs} {CRITERION_NAMES[report.criterion]}",
+        f"{pairs} pairs ({report.criterion})",
         fontsize=10,
         color=INK,
     )
@@ -70,11 +70,20 @@ def _draw_map(figure, axis, report: HeadReport, heads: Sequence[Head]) -> None:
     axis.set_xticks(range(0, report.num_heads, max(1, report.num_heads // 14)))
     axis.set_yticks(range(0, report.num_layers, max(1, report.num_layers // 14)))
     axis.set_title(f"SRA on {CRITERION_NAMES[report.criterion]}", fontsize=9)
-    figure.colorbar(image, ax=axis, label="SRA (0.5: chance)")
+    bar = figure.colorbar(image, ax=axis, label="SRA (0.5: chance)")
+    for name, (value, _, _) in report.ranked_by.baselines.items():
+        bar.ax.axhline(value, color="black", linewidth=1, linestyle=":" if "length" in name else "-")
+
+
+def _shown_criterion(report: HeadReport) -> str:
+    """The criterion of the ranking or, where that is all pairs, the first other one that has pairs."""
+    if report.criterion != "all":
+        return report.criterion
+    return next(name for name in CRITERION_NAMES if report.criteria[name].sra)
 
 
 def _draw_baselines(axis, report: HeadReport, heads: Sequence[Head]) -> None:
-    shown = report.criterion if report.criterion != "all" else "before"
+    shown = _shown_criterion(report)
     across, up = report.criteria["all"], report.criteria[shown]
     axis.set_xlabel("SRA on all pairs")
     axis.set_ylabel(f"SRA on {CRITERION_NAMES[shown]}")
@@ -82,9 +91,6 @@ def _draw_baselines(axis, report: HeadReport, heads: Sequence[Head]) -> None:
     axis.set_ylim(-0.03, 1.03)
     axis.axhline(0.5, color="grey", linewidth=0.8)
     axis.axvline(0.5, color="grey", linewidth=0.8)
-    if not up.sra:
-        axis.set_title("no such pairs: what is ranked may be position", fontsize=9)
-        return
     chosen = [layer * report.num_heads + head for layer, head in heads]
     axis.scatter(across.sra, up.sra, s=9, color=BLUE, alpha=0.45, label="heads")
     axis.scatter(
@@ -98,7 +104,8 @@ def _draw_baselines(axis, report: HeadReport, heads: Sequence[Head]) -> None:
     for name, colour in zip(across.baselines, COLOURS, strict=True):
         x, (y, low, high) = across.baselines[name][0], up.baselines[name]
         axis.errorbar(x, y, yerr=[[y - low], [high - y]], fmt="D", color=colour, markersize=6, label=f"score {name}")
-    axis.set_title("beside scores without attention", fontsize=9)
+    only = "no other pairs: what is ranked may be position"
+    axis.set_title(only if shown == "all" else "heads beside scores without attention", fontsize=9)
     axis.legend(fontsize=7, loc="best")
 
 
