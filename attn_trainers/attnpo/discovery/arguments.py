@@ -93,7 +93,7 @@ class DiscoveryArguments:
             raise ValueError(f"intervention_responses={self.intervention_responses} must be at least 0.")
         if not 0.0 <= self.held_out < 1.0:
             raise ValueError(f"held_out={self.held_out} must lie in [0, 1): some problems must choose the heads.")
-        self.thresholds, self.ranking_options  # noqa: B018  # their own checks
+        _ = self.thresholds, self.ranking_options  # they check themselves
 
     @property
     def splitter(self) -> Splitter:
