@@ -13,13 +13,28 @@ again. `--push_to_hub` publishes the result. A generation batch holds 64 prompts
 10 updates of 192 rows (`per_device_train_batch_size` x GPUs x `gradient_accumulation_steps`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse_with_credit, train
+from attn_trainers.base.credit import CreditMethod
+from attn_trainers.launch.branching import sample_report
+from attn_trainers.launch.recipe import HAS_CUDA, MathScriptArguments, parse_with_credit, refusal_in_a_line, train
 from attn_trainers.rewards import math_accuracy_reward
+
+
+@dataclass
+class Script(MathScriptArguments):
+    """The data, and completions to look at before the run."""
+
+    branching_sample: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON lines with 'problem' and 'completion' of the model: says what attention branching has to "
+            "choose from in them, before the run or with --preflight alone."
+        },
+    )
 
 
 @dataclass
@@ -51,5 +66,14 @@ class Model(ModelConfig):
     dtype: str | None = "float32"  # bf16 weights would lose updates of this size; autocast computes in bf16
 
 
+def main(script: Script, args: Recipe, model: Model, credit: CreditMethod | None) -> None:
+    """Look at the sample, if there is one, and train."""
+    if script.branching_sample:
+        with refusal_in_a_line():
+            name = model.model_name_or_path
+            print(sample_report(args, name, script.branching_sample, script.prompt_template))
+    train(AttnRLTrainer, math_accuracy_reward, script, args, model, credit)
+
+
 if __name__ == "__main__":
-    train(AttnRLTrainer, math_accuracy_reward, *parse_with_credit(MathScriptArguments, Recipe, Model))
+    main(*parse_with_credit(Script, Recipe, Model))

@@ -4,10 +4,13 @@ A head is a pair [layer, head], both counted from 0. `recipes/find_key_focus_hea
 writes a heads file.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from transformers import PretrainedConfig
 
 
 Head = tuple[int, int]
@@ -31,15 +34,27 @@ class KeyFocusHeads:
     """The content of a heads file.
 
     Attributes:
-        model_name: Model the heads were found in.
-        heads: Pairs (layer, head), best first.
-        sra: Step ranking accuracy of each, in [0, 1]; empty if unknown.
-        settings: What the discovery ran with, for the record.
+        model_name: model the heads were found in.
+        heads: pairs (layer, head), best first.
+        sra: step ranking accuracy of each, in [0, 1]; empty if unknown.
+        num_layers: layers of the model; None if unknown, as the three below.
+        num_heads: attention (query) heads in a layer.
+        fingerprint: `model_fingerprint` of the model.
+        step_mode: how its thinking was cut into steps.
+        label_source: who labelled the steps: a rule or a judge.
+        criterion: pairs of steps that the heads were ranked by.
+        settings: what the discovery ran with, for the record.
     """
 
     model_name: str
     heads: tuple[Head, ...]
     sra: tuple[float, ...] = ()
+    num_layers: int | None = None
+    num_heads: int | None = None
+    fingerprint: str | None = None
+    step_mode: str | None = None
+    label_source: str | None = None
+    criterion: str | None = None
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -49,6 +64,49 @@ class KeyFocusHeads:
             raise ValueError(f"sra has {len(self.sra)} values for {len(self.heads)} heads: give one per head, or none")
         if not all(0.0 <= value <= 1.0 for value in self.sra):
             raise ValueError(f"sra={list(self.sra)} must lie in [0, 1]")
+
+    def check_model(self, model_name: str, num_layers: int, num_heads: int, fingerprint: str | None = None) -> None:
+        """Refuse a model of another shape than the heads were found in. What the file does not know is not checked.
+
+        Raises:
+            ValueError: layers, heads or the fingerprint differ.
+        """
+        known = (self.num_layers, self.num_heads, self.fingerprint if fingerprint else None)
+        actual = (num_layers, num_heads, fingerprint)
+        if any(a is not None and a != b for a, b in zip(known, actual, strict=True)):
+            shapes = [
+                f"{layers} x {heads} heads, fingerprint {mark}"
+                for layers, heads, mark in ((self.num_layers, self.num_heads, self.fingerprint), actual)
+            ]
+            raise ValueError(
+                f"were found in {self.model_name!r} ({shapes[0]}), and {model_name!r} is a model of another shape "
+                f"({shapes[1]}); find its own heads with `{DISCOVERY_COMMAND.format(model=model_name)}`."
+            )
+
+    def check_step_mode(self, step_mode: str) -> None:
+        """Refuse steps that are cut another way than those the heads were found on.
+
+        Raises:
+            ValueError: the modes differ.
+        """
+        if self.step_mode not in (None, step_mode):
+            raise ValueError(
+                f"were found with step_mode={self.step_mode!r}, and step_mode={step_mode!r} cuts other steps; set "
+                f"step_mode={self.step_mode!r}, or find the heads again with --step_mode {step_mode}."
+            )
+
+
+def model_fingerprint(config: PretrainedConfig) -> str:
+    """12 hexadecimal digits of a hash of what a model's heads are: its type and the shape of its attention.
+
+    The same for a model and those tuned from it, whose heads rank alike; the vocabulary, which tuning may extend, has
+    no part in it.
+    """
+    text = config.get_text_config()
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "head_dim")
+    shape = {name: getattr(text, name, None) for name in names}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def save_heads(path: str | Path, heads: KeyFocusHeads) -> None:
@@ -60,16 +118,18 @@ def load_heads(path: str | Path) -> KeyFocusHeads:
     """Read a heads file.
 
     Raises:
-        ValueError: It is no JSON object with `model_name` and `heads`, or a field is malformed.
-        FileNotFoundError: There is no such file.
+        ValueError: it is no JSON object with `model_name` and `heads`, or a field is malformed.
+        FileNotFoundError: there is no such file.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"heads file {path} is not JSON: {error}") from error
-    known = {"model_name", "heads", "sra", "settings"}
-    if not isinstance(record, dict) or not {"model_name", "heads"} <= set(record) <= known:
-        raise ValueError(f"heads file {path}: expected an object with model_name and heads (sra, settings)")
+    known = [field.name for field in fields(KeyFocusHeads)]
+    if not isinstance(record, dict) or not {"model_name", "heads"} <= set(record) <= set(known):
+        raise ValueError(
+            f"heads file {path}: expected an object with model_name and heads (and {', '.join(known[2:])})"
+        )
     try:
         return KeyFocusHeads(**record)
     except (TypeError, ValueError) as error:
@@ -80,7 +140,7 @@ def parse_heads(heads: Sequence) -> tuple[Head, ...]:
     """Check that `heads` is a non-empty list of distinct pairs of non-negative integers.
 
     Raises:
-        ValueError: It is not.
+        ValueError: it is not.
     """
     if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
         raise ValueError(f"heads={heads!r} must be a non-empty list of [layer, head] pairs")
@@ -95,21 +155,32 @@ def parse_heads(heads: Sequence) -> tuple[Head, ...]:
     return tuple(parsed)
 
 
-def resolve_heads(heads: Sequence | str | Path | None, model_name: str, num_layers: int, num_heads: int) -> list[Head]:
+def resolve_heads(
+    heads: Sequence | str | Path | None,
+    model_name: str,
+    num_layers: int,
+    num_heads: int,
+    *,
+    step_mode: str | None = None,
+    fingerprint: str | None = None,
+) -> list[Head]:
     """Heads to read in a model.
 
     Args:
-        heads: A list of [layer, head] pairs, the path of a heads file, the name of a known model (for one tuned from
+        heads: a list of [layer, head] pairs, the path of a heads file, the name of a known model (for one tuned from
             it), or None for the known heads of this model.
-        model_name: Name or path of the model. Known models are recognised by its last part.
-        num_layers: Layers of the model.
-        num_heads: Attention (query) heads in a layer.
+        model_name: name or path of the model. Known models are recognised by its last part.
+        num_layers: layers of the model.
+        num_heads: attention (query) heads in a layer.
+        step_mode: how the steps are cut that the heads are to rank; None leaves a heads file's mode unchecked.
+        fingerprint: `model_fingerprint` of the model; None leaves that of a heads file unchecked.
 
     Returns:
         Pairs (layer, head).
 
     Raises:
-        ValueError: The heads are malformed or not in the model, or none are given for a model without known ones.
+        ValueError: the heads are malformed or not in the model, a heads file belongs to a model of another shape or to
+            another step mode, or none are given for a model without known ones.
     """
     command = DISCOVERY_COMMAND.format(model=model_name)
     if heads is None:
@@ -125,7 +196,7 @@ def resolve_heads(heads: Sequence | str | Path | None, model_name: str, num_laye
                 f"heads={str(heads)!r} is neither a file nor a model with known heads ({', '.join(KNOWN_HEADS)}): "
                 f"find the heads of the model with `{command}`"
             )
-        found = known or load_heads(heads).heads
+        found = known or _heads_of_file(heads, model_name, (num_layers, num_heads, fingerprint), step_mode)
     else:
         found = parse_heads(heads)
     for layer, head in found:
@@ -135,3 +206,14 @@ def resolve_heads(heads: Sequence | str | Path | None, model_name: str, num_laye
                 f"(counted from 0): find its heads with `{command}`"
             )
     return list(found)
+
+
+def _heads_of_file(path: str | Path, model_name: str, shape: tuple, step_mode: str | None) -> tuple[Head, ...]:
+    content = load_heads(path)
+    try:
+        content.check_model(model_name, *shape)
+        if step_mode is not None:
+            content.check_step_mode(step_mode)
+    except ValueError as error:
+        raise ValueError(f"heads={str(path)!r} {error}") from None
+    return content.heads

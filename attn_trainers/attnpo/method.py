@@ -14,7 +14,7 @@ from ..base.report import Report
 from ..thinking import EndOfThinking
 from .alignment import exclusion_warning, reasoning_step_ranges
 from .credit import baseline_score, length_penalised_rewards, rloo_advantages, step_scales, token_factors
-from .heads import Head, resolve_heads
+from .heads import Head, model_fingerprint, resolve_heads
 from .metrics import credit_totals, group_metrics
 from .options import AttnPOOptions
 from .page import write_report
@@ -100,7 +100,14 @@ class AttnPOCredit(CreditMethod):
 
     def _resolve_heads(self, config: PretrainedConfig) -> list[Head]:
         text = config.get_text_config()
-        return resolve_heads(self.options.heads, config.name_or_path, text.num_hidden_layers, text.num_attention_heads)
+        return resolve_heads(
+            self.options.heads,
+            config.name_or_path,
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            step_mode=self.options.step_mode,
+            fingerprint=model_fingerprint(config),
+        )
 
     # ---- rewards ----------------------------------------------------------------------------------------------------
 

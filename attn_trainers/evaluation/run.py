@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..jsonl import append_jsonl, drop_torn_line, read_jsonl
 from ..rewards import math_accuracy_reward
 from ..sampling.backends import BACKENDS, resolve_backend, sample_completions
 from ..sampling.models import end_token_ids, load_config, num_positions, tokenizer_of
@@ -168,19 +169,13 @@ def read_records(path: Path) -> tuple[list[CompletionRecord], int]:
     Raises:
         ValueError: if another line than the last cannot be read.
     """
-    if not path.exists():
-        return [], 0
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    dropped = int(len(whole) < len(content))
-    if dropped:
-        path.write_bytes(whole)
+    dropped = int(drop_torn_line(path))
     records = []
-    for number, line in enumerate(whole.decode().splitlines(), start=1):
+    for number, record in enumerate(read_jsonl(path, repair=True), start=1):
         try:
-            records.append(CompletionRecord(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is no completion ({error}); remove the line.") from error
+            records.append(CompletionRecord(**record))
+        except TypeError as error:
+            raise ValueError(f"{path}, line {number} is no completion ({error}); remove the line.") from error
     return records, dropped
 
 
@@ -378,8 +373,7 @@ def _grade_and_append(
             truncated=not stopped,
             finish="stop" if stopped else "length",
         )
-        with (output / f"{draw.name}.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+        append_jsonl(output / f"{draw.name}.jsonl", asdict(record))
 
 
 def write_report(output: Path, summaries: Sequence[Summary], note: str) -> None:

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention.observers import INFLUENCE_AGGREGATIONS
-from ..attnpo.discovery.run import append_jsonl, read_jsonl
-from ..attnpo.heads import KNOWN_HEADS, resolve_heads
+from ..attnpo.heads import KNOWN_HEADS, model_fingerprint, resolve_heads
 from ..attnpo.steps import STEP_MODES, Splitter
 from ..attnrl.steps import STEP_MODES as BRANCHING_STEPS
 from ..attnrl.steps import StepDelimiters
 from ..base.options import check_choices
 from ..evaluation.run import weights_digest
+from ..jsonl import append_jsonl, read_jsonl
 from ..rewards import math_accuracy
 from ..sampling.models import end_token_ids, load_config, load_model, num_positions, tokenizer_of
 from ..sampling.problems import parse_template_kwargs, prompt_token_ids
@@ -297,7 +297,14 @@ def inspection_settings(args: InspectionArguments, model: PreTrainedModel) -> In
     heads = ()
     if named is not None or Path(args.model).name in KNOWN_HEADS:
         listed = json.loads(named) if named is not None and named.lstrip().startswith("[") else named
-        heads = resolve_heads(listed, args.model, config.num_hidden_layers, config.num_attention_heads)
+        heads = resolve_heads(
+            listed,
+            args.model,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            step_mode=args.step_mode,
+            fingerprint=model_fingerprint(config),
+        )
     return InspectionSettings(
         head_pool=args.head_pool,
         influence_delta=args.influence_delta,

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,19 +18,50 @@ from torch import Tensor
 
 ESSENTIAL, REDUNDANT = "essential", "redundant"
 
+BY_LIKELIHOOD = "likelihood of the answer, no judge"
+GIVEN = "given with the data"
+
+
+@dataclass(frozen=True)
+class LikelihoodThresholds:
+    """From what change of the answer's likelihood on a step is essential or redundant.
+
+    Attributes:
+        essential_share: at most this share of a response's steps, rounded up, is essential.
+        min_drop: least drop of an essential step, in nats per answer token.
+        max_change: largest drop of a redundant step, in nats per answer token. A step whose removal raises the
+            likelihood is redundant too.
+    """
+
+    essential_share: float = 0.25
+    min_drop: float = 0.05
+    max_change: float = 0.01
+
+    def __post_init__(self):
+        if not 0.0 < self.essential_share <= 1.0:
+            raise ValueError(f"essential_share={self.essential_share} must lie in (0, 1].")
+        if not 0.0 <= self.max_change < self.min_drop:
+            raise ValueError(
+                f"max_change={self.max_change} must be at least 0 and below min_drop={self.min_drop}; set it lower."
+            )
+
 
 @dataclass
 class LabelledCompletion:
     """A correct response and the labels of its reasoning steps: one line of a label file.
 
     Attributes:
-        problem: The problem.
-        answer: Its reference answer.
-        completion: The response, for people and judges.
-        completion_ids: Its sampled token ids.
-        step_ranges: Half-open (start, end) token ranges of the steps, relative to the completion.
-        step_texts: Their texts.
+        problem: the problem.
+        answer: its reference answer.
+        completion: the response, for people and judges.
+        completion_ids: its sampled token ids.
+        step_ranges: half-open (start, end) token ranges of the steps, relative to the completion.
+        step_texts: their texts.
         labels: "essential", "redundant" or None for each step.
+        label_source: who labelled: `BY_LIKELIHOOD`, `GIVEN`, or what the data says, such as the name of a judge.
+        derivation: index of the first step that derives the answer; None where none is known to.
+        drops: what the answer loses without each step up to the derivation, in nats per answer token; empty where the
+            labels do not come from it.
     """
 
     problem: str
@@ -40,6 +71,9 @@ class LabelledCompletion:
     step_ranges: list[tuple[int, int]]
     step_texts: list[str]
     labels: list[str | None]
+    label_source: str = GIVEN
+    derivation: int | None = None
+    drops: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         self.step_ranges = [(int(start), int(end)) for start, end in self.step_ranges]
@@ -79,7 +113,7 @@ def read_labels(path: str | Path) -> Iterator[LabelledCompletion]:
     """Read a label file.
 
     Raises:
-        ValueError: A line is malformed; the message names it.
+        ValueError: a line is malformed; the message names it.
     """
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -107,6 +141,30 @@ def concludes_answer(step_text: str, answer: str) -> bool:
     return re.search(pattern, _normalised(step_text)) is not None
 
 
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def stands_in(answer: str, problem: str) -> bool:
+    """Whether a problem's text gives a value, in the spelling of `concludes_answer` or as a word up to "ten".
+
+    A step that concludes with a value which the problem gives may restate what is given, so it derives nothing.
+    """
+    value, text = _normalised(answer), _normalised(problem)
+    if not value:
+        return False
+    word = _NUMBER_WORDS[int(value)] if value.isdecimal() and int(value) < len(_NUMBER_WORDS) else None
+    if word and re.search(rf"\b{word}\b", text, re.IGNORECASE):
+        return True
+    return re.search(rf"(?<![\w.]){re.escape(value)}(?![\w^]|\.\d)", text) is not None
+
+
+def first_derivation(step_texts: Sequence[str], answer: str, problem: str) -> int | None:
+    """Index of the first step that concludes with the answer; None where none does, or the problem gives the value."""
+    if stands_in(answer, problem):
+        return None
+    return next((index for index, text in enumerate(step_texts) if concludes_answer(text, answer)), None)
+
+
 def _normalised(text: str) -> str:
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,!;]", "", text)
@@ -114,65 +172,48 @@ def _normalised(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip(" $")
 
 
-def label_after_answer(concludes: Sequence[bool], kinds: Sequence[str] | None = None) -> list[str | None]:
+def label_after_answer(kinds: Sequence[str], derivation: int | None) -> list[str | None]:
     """Label by position: redundant is what comes after the step that first derives the correct answer.
 
     That step is essential. Steps before it may be detours or not and stay unlabelled, as do those of kind "final",
     which restate the answer by design.
 
     Args:
-        concludes: For each step, whether it derives the correct answer, e.g. by `concludes_answer`.
-        kinds: Kind of each step.
+        kinds: kind of each step.
+        derivation: index of the step that first derives the answer, by `first_derivation`.
 
     Returns:
         A label or None per step; all None if no step derives the answer.
     """
-    kinds = ["forward"] * len(concludes) if kinds is None else kinds
-    labels: list[str | None] = []
-    derived = False
-    for concluding, kind in zip(concludes, kinds, strict=True):
-        if kind == "final":
-            labels.append(None)
-        elif derived:
-            labels.append(REDUNDANT)
-        else:
-            labels.append(ESSENTIAL if concluding else None)
-        derived = derived or bool(concluding)
+    labels: list[str | None] = [None] * len(kinds)
+    for index, kind in enumerate(kinds):
+        if kind != "final" and derivation is not None and index >= derivation:
+            labels[index] = ESSENTIAL if index == derivation else REDUNDANT
     return labels
 
 
-def label_by_likelihood(
-    drops: Sequence[float], *, essential_share: float = 0.25, min_drop: float = 1.0, max_change: float = 0.1
-) -> list[str | None]:
+def label_by_likelihood(drops: Sequence[float], thresholds: LikelihoodThresholds | None = None) -> list[str | None]:
     """Label by what removal does to the answer.
 
-    Essential are the steps whose removal lowers the log-likelihood of the answer most, redundant those whose removal
-    does not lower it. What lies between stays unlabelled.
+    Essential are the steps whose removal lowers the likelihood of the answer most, redundant those whose removal does
+    not lower it. What lies between stays unlabelled.
 
     Args:
-        drops: (num_steps,) log p(answer | all steps) - log p(answer | without this step), teacher-forced and summed
-            over the answer's tokens, in nats.
-        essential_share: At most this share of the steps, rounded up, is essential.
-        min_drop: Least drop of an essential step.
-        max_change: Largest drop of a redundant step. A step whose removal raises the likelihood is redundant too.
+        drops: (num_steps,) log p(answer | all steps) - log p(answer | without this step), teacher-forced, in nats per
+            answer token.
+        thresholds: what is much and what is nothing.
 
     Returns:
         A label or None per step; None for a drop that is not finite.
-
-    Raises:
-        ValueError: `essential_share` lies outside (0, 1], or max_change is not below min_drop.
     """
-    if not 0.0 < essential_share <= 1.0:
-        raise ValueError(f"essential_share={essential_share} must lie in (0, 1]")
-    if not 0.0 <= max_change < min_drop:
-        raise ValueError(f"max_change={max_change} must be at least 0 and below min_drop={min_drop}")
-    limit = math.ceil(essential_share * len(drops))
+    thresholds = thresholds or LikelihoodThresholds()
+    limit = math.ceil(thresholds.essential_share * len(drops))
     finite = [index for index, drop in enumerate(drops) if math.isfinite(drop)]
     most = sorted(finite, key=lambda index: drops[index], reverse=True)[:limit]
     labels: list[str | None] = [None] * len(drops)
     for index in finite:
-        if drops[index] <= max_change:
+        if drops[index] <= thresholds.max_change:
             labels[index] = REDUNDANT
-        elif index in most and drops[index] >= min_drop:
+        elif index in most and drops[index] >= thresholds.min_drop:
             labels[index] = ESSENTIAL
     return labels

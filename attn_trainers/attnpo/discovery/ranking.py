@@ -1,292 +1,241 @@
 """How well attention heads tell essential steps from redundant ones: step ranking accuracy (SRA).
 
 Source: AttnPO (arXiv 2602.09953). The paper's formula was not at hand; this is the reading under which a head that
-ignores the difference scores 0.5, as is reported for most heads.
+ignores the difference scores 0.5, as is reported for most heads. Which pairs of steps are compared is a criterion
+(`pairs`); heads are ranked by the one that position cannot win, where there are pairs enough.
 
-Heads are numbered flat here, layer · heads-per-layer + head. H heads, S steps, R responses.
+Heads are numbered flat here, layer · heads-per-layer + head. H heads, R responses, G groups of pairs.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .bootstrap import interval_ends, problem_numbers, resampled_counts
+from .pairs import BASELINES, CRITERIA, GROUPS, ScoredSteps, baseline_scores, pair_accuracy, step_pairs
 
-@dataclass
-class ScoredSteps:
-    """Scores and labels of one response's steps.
+
+SraOf = Callable[[Sequence[ScoredSteps]], Tensor]
+"""SRA of each row of scores, (rows,) float64, over responses."""
+
+
+@dataclass(frozen=True)
+class RankingOptions:
+    """How pairs become a ranking.
 
     Attributes:
-        scores: (H, S) attention of the final answer to each step, per head.
-        essential: (S,) bool.
-        redundant: (S,) bool; a step may be neither.
+        average: "macro" weighs responses alike, "micro" weighs pairs alike.
+        criterion: one of `CRITERIA`, or "auto": the first of them with pairs enough.
+        match_distance: as for `step_pairs`.
+        min_pairs: pairs that "auto" demands, in each group of the criterion.
     """
 
-    scores: Tensor
-    essential: Tensor
-    redundant: Tensor
+    average: str = "macro"
+    criterion: str = "auto"
+    match_distance: float = 0.2
+    min_pairs: int = 50
 
     def __post_init__(self):
-        steps = self.scores.shape[-1]
-        if self.scores.ndim != 2 or self.essential.shape != (steps,) or self.redundant.shape != (steps,):
+        for name, allowed in (("average", ("macro", "micro")), ("criterion", ("auto", *CRITERIA))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; set it to one of {', '.join(allowed)}.")
+        if not 0.0 < self.match_distance <= 1.0:
             raise ValueError(
-                f"scores {tuple(self.scores.shape)} must be (heads, steps), essential {tuple(self.essential.shape)} "
-                f"and redundant {tuple(self.redundant.shape)} (steps,)"
+                f"match_distance={self.match_distance} must lie in (0, 1]; set it to a share of the steps."
             )
-        if (self.essential & self.redundant).any():
-            raise ValueError("essential and redundant overlap: a step is one, the other or neither")
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of an essential and a redundant step; a response without any says nothing about heads."""
-        return int(self.essential.sum()) * int(self.redundant.sum())
+        if self.min_pairs < 1:
+            raise ValueError(f"min_pairs={self.min_pairs} must be at least 1.")
 
 
 @dataclass
 class RankingTable:
-    """SRA of each head on each response that has both kinds of step.
+    """Accuracy of each head on each response that has a pair to compare.
 
     Attributes:
-        accuracies: (R, H) float64.
-        num_pairs: (R,) float64, pairs compared in each response.
+        accuracies: (R, G, H) float64; 0 where a group has no pair.
+        num_pairs: (R, G) float64, pairs compared.
+        problems: (R,) long, number of the response's problem.
     """
 
     accuracies: Tensor
     num_pairs: Tensor
+    problems: Tensor
+
+    @property
+    def pairs_by_group(self) -> list[int]:
+        return [int(count) for count in self.num_pairs.sum(0)]
 
     def mean(self, average: str = "macro") -> Tensor:
-        """(H,) SRA over all responses: "macro" weighs responses alike, "micro" weighs pairs alike."""
-        weights = self.weights(average)
-        return weights @ self.accuracies / weights.sum()
+        """(H,) SRA: the mean over responses ("macro") or pairs ("micro") of each group, then over groups.
+
+        NaN where a group has no pair.
+        """
+        return self._means(self.weights(average)[None])[0]
 
     def weights(self, average: str) -> Tensor:
-        """(R,) weight of each response."""
-        if average not in ("macro", "micro"):
-            raise ValueError(f"average={average!r} must be 'macro' or 'micro'")
-        return self.num_pairs if average == "micro" else torch.ones_like(self.num_pairs)
+        """(R, G) weight of each response in each group."""
+        return self.num_pairs if average == "micro" else (self.num_pairs > 0).double()
+
+    def _means(self, weights: Tensor) -> Tensor:
+        """(N, H) SRA under N weightings (N, R, G)."""
+        groups = range(self.num_pairs.shape[1])
+        sums = [weights[:, :, g] @ self.accuracies[:, g] / weights[:, :, g].sum(1, keepdim=True) for g in groups]
+        return torch.stack(sums).mean(0)
 
     def interval(
         self, generator: torch.Generator, *, average: str = "macro", samples: int = 1000, coverage: float = 0.95
     ) -> tuple[Tensor, Tensor]:
-        """Bootstrap interval of `mean` over responses.
+        """Bootstrap interval of `mean` over problems: the responses of one problem are drawn together.
 
         Args:
-            generator: Source of the resampling.
-            average: As in `mean`.
-            samples: Number of resamplings.
-            coverage: Share of them between the ends.
+            generator: source of the resampling.
+            average: as in `mean`.
+            samples: number of resamplings; those in which a group has no pair are left out.
+            coverage: share of them between the ends.
 
         Returns:
             Lower and upper end, (H,) each.
         """
-        responses = len(self.num_pairs)
-        drawn = torch.randint(responses, (samples, responses), generator=generator)
-        counts = torch.zeros(samples, responses, dtype=torch.float64)
-        counts.scatter_add_(1, drawn, torch.ones_like(counts))
-        weights = counts * self.weights(average)
-        means = weights @ self.accuracies / weights.sum(1, keepdim=True)  # (samples, H)
-        tail = (1.0 - coverage) / 2
-        ends = torch.quantile(means, torch.tensor([tail, 1.0 - tail], dtype=torch.float64), dim=0)
-        return ends[0], ends[1]
+        counts = resampled_counts(self.problems, samples, generator)
+        return interval_ends(self._means(counts[:, :, None] * self.weights(average)), coverage)
 
 
 @dataclass
-class HeadReport:
-    """Result of a head discovery.
+class CriterionReport:
+    """SRA of all heads, and of scores that know nothing of attention, on the pairs of one criterion.
 
     Attributes:
-        model_name: The model probed.
-        num_layers: Its layers.
-        num_heads: Attention heads in each.
-        num_responses: Responses with both kinds of step.
-        num_pairs: Pairs of steps compared.
-        average: "macro" or "micro".
-        sra: SRA of each head, flat.
-        lower: Lower end of its bootstrap interval.
-        upper: Upper end.
-        ranking: Heads [layer, head], best first.
-        greedy_heads: Heads [layer, head] in the order a greedy search adds them.
-        greedy_sra: SRA of the first 1, 2, ... of them together.
-        top_k_sra: SRA of the first 1, 2, ... heads of the ranking together.
+        num_problems: problems with a pair.
+        num_responses: responses with a pair.
+        num_pairs: pairs in each group ("matched": essential step first, redundant step first).
+        sra: SRA of each head, flat; empty where a group has no pair.
+        lower: lower end of its bootstrap interval (95 %, over problems).
+        upper: upper end.
+        baselines: the same three numbers of each of `BASELINES`.
     """
 
-    model_name: str
-    num_layers: int
-    num_heads: int
+    num_problems: int
     num_responses: int
-    num_pairs: int
-    average: str
+    num_pairs: list[int]
     sra: list[float]
     lower: list[float]
     upper: list[float]
-    ranking: list[list[int]]
-    greedy_heads: list[list[int]]
-    greedy_sra: list[float]
-    top_k_sra: list[float]
-
-    def to_dict(self) -> dict:
-        """For a JSON file."""
-        return asdict(self)
-
-    def count_above(self, threshold: float) -> int:
-        """Number of heads whose SRA is above a threshold."""
-        return sum(value > threshold for value in self.sra)
+    baselines: dict[str, list[float]]
 
 
-def step_ranking_accuracy(scores: Tensor, essential: Tensor, redundant: Tensor) -> Tensor:
-    """SRA: share of (essential, redundant) pairs in which the essential step has the higher score, ties counting half.
-
-    Sorted search instead of all pairs: O(S log S) per head.
-
-    Args:
-        scores: (H, S) score of each step under each head.
-        essential: (S,) bool.
-        redundant: (S,) bool.
-
-    Returns:
-        (H,) float64 in [0, 1].
-
-    Raises:
-        ValueError: No step is essential, or none redundant.
-    """
-    if not essential.any() or not redundant.any():
-        raise ValueError("step ranking accuracy needs an essential and a redundant step: leave this response out")
-    queries = scores[:, essential].contiguous()  # (H, E)
-    ordered = scores[:, redundant].sort(dim=-1).values  # (H, R)
-    below = torch.searchsorted(ordered, queries, right=False)
-    not_above = torch.searchsorted(ordered, queries, right=True)
-    return (below + not_above).double().mean(-1) / (2 * ordered.shape[-1])
+def ranking_table(
+    responses: Sequence[ScoredSteps], criterion: str = "all", match_distance: float = 0.2
+) -> RankingTable:
+    """Accuracy of every head on every response that has a pair to compare."""
+    rows, problems = [], []  # (G, H) accuracies and pairs of each group
+    for one in responses:
+        groups = step_pairs(one, criterion, match_distance)
+        sizes = [len(essential) for essential, _ in groups]
+        if any(sizes):
+            none = torch.zeros(len(one.scores), dtype=torch.float64)
+            accuracies = [pair_accuracy(one.scores, pairs) if len(pairs[0]) else none for pairs in groups]
+            rows.append((torch.stack(accuracies), torch.tensor(sizes, dtype=torch.float64)))
+            problems.append(one.problem)
+    if not rows:
+        groups = len(GROUPS[criterion])
+        return RankingTable(torch.zeros(0, groups, 0), torch.zeros(0, groups), problem_numbers([]))
+    accuracies, num_pairs = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    return RankingTable(accuracies, num_pairs, problem_numbers(problems))
 
 
-def ranking_table(responses: Sequence[ScoredSteps]) -> RankingTable:
-    """SRA of every head on every response that has both kinds of step.
+def criterion_report(
+    responses: Sequence[ScoredSteps], criterion: str, options: RankingOptions, generator: torch.Generator
+) -> CriterionReport:
+    """SRA of all heads and baselines, with intervals; empty where a group of the criterion has no pair."""
+    beside = [one.with_scores(torch.cat([one.scores.double(), baseline_scores(one)])) for one in responses]
+    table = ranking_table(beside, criterion, options.match_distance)
+    size = (len(table.problems.unique()), len(table.problems), table.pairs_by_group)
+    if 0 in table.pairs_by_group:
+        return CriterionReport(*size, [], [], [], {})
+    sra = table.mean(options.average).tolist()
+    lower, upper = (end.tolist() for end in table.interval(generator, average=options.average))
+    heads = len(sra) - len(BASELINES)
+    rows = zip(sra[heads:], lower[heads:], upper[heads:], strict=True)
+    baselines = {name: list(row) for name, row in zip(BASELINES, rows, strict=True)}
+    return CriterionReport(*size, sra[:heads], lower[:heads], upper[:heads], baselines)
 
-    Raises:
-        ValueError: No response has both.
-    """
-    usable = rankable(responses)
-    accuracies = [step_ranking_accuracy(one.scores, one.essential, one.redundant) for one in usable]
-    num_pairs = torch.tensor([one.num_pairs for one in usable], dtype=torch.float64)
-    return RankingTable(torch.stack(accuracies), num_pairs)
 
-
-def rankable(responses: Sequence[ScoredSteps]) -> list[ScoredSteps]:
-    """The responses that have an essential and a redundant step.
+def choose_criterion(criteria: dict[str, CriterionReport], options: RankingOptions) -> tuple[str, str]:
+    """The criterion that heads are ranked by, and a note where it is not "matched".
 
     Raises:
-        ValueError: There is none.
+        ValueError: the criterion that is asked for, or every criterion, has no pair to compare.
     """
-    usable = [one for one in responses if one.num_pairs > 0]
-    if not usable:
-        raise ValueError(f"none of {len(responses)} responses has both an essential and a redundant step: label more")
-    return usable
+    if options.criterion != "auto":
+        if not criteria[options.criterion].sra:
+            raise ValueError(
+                f"criterion={options.criterion!r} has {criteria[options.criterion].num_pairs} pairs, too few to rank "
+                "by; label more responses, or set criterion='auto'."
+            )
+        chosen = options.criterion
+    else:
+        enough = [name for name in CRITERIA if min(criteria[name].num_pairs) >= options.min_pairs]
+        chosen = enough[0] if enough else "all"
+    if not criteria[chosen].sra:
+        raise ValueError(
+            "no response has both an essential and a redundant step: label more responses, or change the thresholds "
+            "of the labels."
+        )
+    if chosen == "matched":
+        return chosen, ""
+    baselines = criteria[chosen].baselines
+    best = max(baselines, key=lambda name: baselines[name][0])
+    pairs = " + ".join(map(str, criteria["matched"].num_pairs))
+    return chosen, (
+        f"Heads are ranked by criterion {chosen!r}, not by position-matched pairs (of which there are {pairs}; "
+        f"{options.min_pairs} of each order are asked for). On its pairs the score {best!r}, which knows nothing of "
+        f"attention, has {baselines[best][0]:.3f}: a head is worth something only above that."
+    )
 
 
 def top_k_ensembles(
-    responses: Sequence[ScoredSteps], ranking: Sequence[int], *, max_heads: int = 10, average: str = "macro"
-) -> Tensor:
+    sra_of: SraOf, responses: Sequence[ScoredSteps], ranking: Sequence[int], *, max_heads: int = 10
+) -> list[float]:
     """SRA of the mean score of the first 1, 2, ..., max_heads heads of a ranking.
 
     Args:
-        responses: Scored and labelled responses.
-        ranking: Flat head indices, best first.
-        max_heads: Largest ensemble.
-        average: "macro" or "micro".
-
-    Returns:
-        (min(max_heads, len(ranking)),) float64.
+        sra_of: what measures the responses.
+        responses: scored and labelled responses.
+        ranking: flat head indices, best first.
+        max_heads: largest ensemble.
     """
     first = list(ranking)[:max_heads]
     # A sum ranks steps as a mean does.
-    summed = [ScoredSteps(one.scores[first].double().cumsum(0), one.essential, one.redundant) for one in responses]
-    return ranking_table(summed).mean(average)
+    return sra_of([one.with_scores(one.scores[first].double().cumsum(0)) for one in responses]).tolist()
 
 
 def greedy_ensemble(
-    responses: Sequence[ScoredSteps],
-    *,
-    max_heads: int = 10,
-    average: str = "macro",
-    candidates: Sequence[int] | None = None,
+    sra_of: SraOf, responses: Sequence[ScoredSteps], candidates: Sequence[int], *, max_heads: int = 10
 ) -> tuple[list[int], list[float]]:
     """Add, one at a time, the head that raises the SRA of the mean score most (or lowers it least).
 
     Args:
-        responses: Scored and labelled responses.
-        max_heads: Heads to choose.
-        average: "macro" or "micro".
-        candidates: Flat indices of the heads to choose from, those named first winning ties; default all.
+        sra_of: what measures the responses.
+        responses: scored and labelled responses.
+        candidates: flat indices of the heads to choose from, those named first winning ties.
+        max_heads: heads to choose.
 
     Returns:
         Flat indices in the order chosen, and the SRA of the ensemble after each.
     """
-    usable = rankable(responses)
-    remaining = list(range(usable[0].scores.shape[0])) if candidates is None else list(candidates)
-    totals = [torch.zeros(one.scores.shape[1], dtype=torch.float64) for one in usable]
+    remaining = list(candidates)
+    totals = [torch.zeros(one.scores.shape[1], dtype=torch.float64) for one in responses]
     chosen, accuracies = [], []
     while remaining and len(chosen) < max_heads:
         extended = [
-            ScoredSteps(one.scores[remaining].double() + total, one.essential, one.redundant)
-            for one, total in zip(usable, totals, strict=True)
+            one.with_scores(one.scores[remaining].double() + total)
+            for one, total in zip(responses, totals, strict=True)
         ]
-        means = ranking_table(extended).mean(average)  # (remaining,)
+        means = sra_of(extended)  # (remaining,)
         best = int(means.argmax())
         totals = [one.scores[best] for one in extended]
         chosen.append(remaining.pop(best))
         accuracies.append(float(means[best]))
     return chosen, accuracies
-
-
-def build_report(
-    responses: Sequence[ScoredSteps],
-    *,
-    model_name: str,
-    num_layers: int,
-    num_heads: int,
-    generator: torch.Generator,
-    average: str = "macro",
-    max_heads: int = 10,
-    greedy_candidates: int = 64,
-) -> HeadReport:
-    """Rank all heads of a model and its ensembles.
-
-    Args:
-        responses: Scored and labelled responses, scores of all num_layers · num_heads heads.
-        model_name: For the record.
-        num_layers: Layers of the model.
-        num_heads: Attention heads in a layer.
-        generator: Source of the bootstrap.
-        average: "macro" or "micro".
-        max_heads: Largest ensemble.
-        greedy_candidates: The greedy search chooses among this many best single heads.
-
-    Raises:
-        ValueError: The scores have another number of heads, or no response has both kinds of step.
-    """
-    usable = rankable(responses)
-    for one in usable:
-        if one.scores.shape[0] != num_layers * num_heads:
-            raise ValueError(f"scores of {one.scores.shape[0]} heads, but {num_layers} layers of {num_heads} heads")
-    table = ranking_table(usable)
-    sra = table.mean(average)
-    lower, upper = table.interval(generator, average=average)
-    ranking = sra.argsort(descending=True, stable=True).tolist()
-    greedy, greedy_sra = greedy_ensemble(
-        usable, max_heads=max_heads, average=average, candidates=ranking[:greedy_candidates]
-    )
-    return HeadReport(
-        model_name=model_name,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_responses=len(usable),
-        num_pairs=int(table.num_pairs.sum()),
-        average=average,
-        sra=sra.tolist(),
-        lower=lower.tolist(),
-        upper=upper.tolist(),
-        ranking=[list(divmod(index, num_heads)) for index in ranking],
-        greedy_heads=[list(divmod(index, num_heads)) for index in greedy],
-        greedy_sra=greedy_sra,
-        top_k_sra=top_k_ensembles(usable, ranking, max_heads=max_heads, average=average).tolist(),
-    )
