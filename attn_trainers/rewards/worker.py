@@ -95,35 +95,9 @@ def load_reader():
     return read
 
 
-def load_equality():
-    """Return `equal(gold, answer) -> bool` for two expressions.
-
-    Math-verify's comparison of numbers, which rounds exact ones too, is replaced where it looks for it, so that items
-    of sets and tuples, ends of intervals and sides of equations are compared exactly as well.
-    """
-    from latex2sympy2_extended.logic import And
-    from math_verify import grader
-    from sympy import (
-        Add,
-        Derivative,
-        Eq,
-        Expr,
-        Float,
-        Integral,
-        Limit,
-        MatrixBase,
-        Product,
-        Sum,
-        UnevaluatedExpr,
-        nan,
-        oo,
-        zoo,
-    )
-    from sympy.core.function import AppliedUndef
-
-    # What these stand for is not given by their value at a point.
-    not_pointwise = (Sum, Product, Integral, Limit, Derivative, AppliedUndef, UnevaluatedExpr)
-    rounded_equal = grader.sympy_numeric_eq
+def load_number_equality(rounded_equal):
+    """Return math-verify's comparison of two numbers, made exact where both are; `rounded_equal` is its own."""
+    from sympy import Expr, Float, UnevaluatedExpr, nan, oo, zoo
 
     def numbers_equal(gold, answer, float_rounding, numeric_precision) -> bool:
         both = (gold, answer)
@@ -144,6 +118,17 @@ def load_equality():
             return bool(abs(a - b) <= largest * _TINY)
         return rounded_equal(gold, answer, float_rounding, numeric_precision)
 
+    return numbers_equal
+
+
+def load_difference():
+    """Return `apart(gold, answer) -> bool`, which sees by one value each that two expressions differ."""
+    from sympy import Derivative, Expr, Float, Integral, Limit, Product, Sum, UnevaluatedExpr
+    from sympy.core.function import AppliedUndef
+
+    # What these stand for is not given by their value at a point.
+    not_pointwise = (Sum, Product, Integral, Limit, Derivative, AppliedUndef, UnevaluatedExpr)
+
     def apart(gold, answer) -> bool:
         """Whether two expressions differ at a point where every variable is positive: far cheaper than to simplify."""
         if not all(isinstance(side, Expr) and not side.is_Symbol for side in (gold, answer)):
@@ -159,6 +144,22 @@ def load_equality():
             return False
         return cmath.isfinite(a) and cmath.isfinite(b) and abs(a - b) > 1e-5 * max(abs(a), abs(b))
 
+    return apart
+
+
+def load_equality():
+    """Return `equal(gold, answer) -> bool` for two expressions.
+
+    Math-verify's comparison of numbers, which rounds exact ones too, is replaced where it looks for it, so that items
+    of sets and tuples, ends of intervals and sides of equations are compared exactly as well. It is replaced in this
+    process alone, which does nothing but grade.
+    """
+    from latex2sympy2_extended.logic import And
+    from math_verify import grader
+    from sympy import Add, Eq, MatrixBase
+
+    apart = load_difference()
+
     def describes_curve(answer) -> bool:
         """3x + 4y + 14 = 0 and the like: an equation that gives no value."""
         last = answer._unsorted_args[-1] if isinstance(answer, And) else answer
@@ -171,7 +172,7 @@ def load_equality():
             return False
         return not apart(gold, answer) and grader.verify(gold, answer, timeout_seconds=None)
 
-    grader.sympy_numeric_eq = numbers_equal
+    grader.sympy_numeric_eq = load_number_equality(grader.sympy_numeric_eq)
     return equal
 
 

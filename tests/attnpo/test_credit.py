@@ -203,7 +203,7 @@ def test_bad_arguments_are_refused():
         length_penalised_rewards(torch.ones(3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="penalty=1.1"):
         length_penalised_rewards(torch.ones(3), torch.ones(3), penalty=1.1)
-    with pytest.raises(ValueError, match="0 and 1 only"):
+    with pytest.raises(ValueError, match="other values than 0 and 1"):
         length_penalised_rewards(torch.tensor([0.5]), torch.tensor([4]))
 
 

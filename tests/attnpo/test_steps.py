@@ -211,5 +211,10 @@ def test_paragraphs_partition_any_text(text):
 
 def test_phrases_are_counted_before_short_steps_are_merged():
     text = "Okay, let us see.\nSo it is 3. Wait, no.\nSo 4.\nNow Butter.\n**Final Answer**\n4</think>Wait"
-    assert Splitter().phrase_counts(text) == {"turn": 1, "forward": 1, "summary": 2, "final": 1}
+    assert Splitter().phrase_counts(text.partition("</think>")[0]) == {
+        "turn": 1,
+        "forward": 1,
+        "summary": 2,
+        "final": 1,
+    }
     assert Splitter().phrase_counts("") == {"turn": 0, "forward": 0, "summary": 0, "final": 0}

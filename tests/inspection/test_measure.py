@@ -63,7 +63,7 @@ def test_entropy_of_certain_and_uniform_rows():
 def test_responses_without_thinking_say_why(model, tiny_tokenizer, prompt_ids, key_focus_heads, delimiters):
     settings = InspectionSettings(key_focus_heads=key_focus_heads)
     one = inspect_response(model, tiny_tokenizer, prompt_ids, [20], settings, delimiters)
-    assert "has no </think>" in one.key_focus.note and one.key_focus.scores == []
+    assert "the thinking has no end" in one.key_focus.note and one.key_focus.scores == []
     assert "this response has 1 (" in one.influence.note and one.influence.scores == [0.0]
     assert one.waad.shape == (1,) and one.fai.isnan().all()
     no_heads = inspect_response(model, tiny_tokenizer, prompt_ids, [20, 21], InspectionSettings(), delimiters)

@@ -2,10 +2,12 @@ r"""What a completion answers: boxes, what is stated without one, labels and val
 
 import pytest
 
-from attn_trainers.rewards.answers import answer_text, answered, boxed_answers, choice, stated_answers
+from attn_trainers.rewards.answers import answered, boxed_answers, choice, stated_answers
+from attn_trainers.thinking import ThinkingTags
 
 
 def test_answer_text():
+    answer_text = ThinkingTags().answer_text
     assert answer_text("no thinking") == "no thinking"
     assert answer_text("<think>a</think> b </think> c") == " c"
 

@@ -169,7 +169,7 @@ def test_data_that_cannot_be_used_is_refused(doubtful, tmp_path, lines, message)
     ("options", "message"),
     [
         ({"selection": "best"}, "selection='best'.*top_k, greedy"),
-        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"num_heads": 0}, "num_heads=0 is out of range; set it to at least 1"),
         ({"held_out": 1.0}, "held_out=1.0"),
         ({"criterion": "near"}, "criterion='near' is unknown"),
         ({"max_change": 0.5}, "max_change=0.5 must be at least 0 and below min_drop=0.05"),
