@@ -224,7 +224,7 @@ def run_settings(args: EvaluationArguments, problems: dict[str, list[dict]]) -> 
     }
     return {name: getattr(args, name) for name in names} | {
         "max_new_tokens": args.token_limit,
-        "chat_template_kwargs": args.chat_template_kwargs or None,
+        "chat_template_kwargs": args.chat_template_kwargs,
         "backend": resolve_backend(args.backend),
         "weights": weights_digest(args.model),
         "data": digests,

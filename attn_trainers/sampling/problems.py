@@ -192,8 +192,8 @@ def _as_answer(value, column: str, where: str) -> str | list[str] | None:
 # Prompts ---------------------------------------------------------------------------------------------
 
 
-def parse_template_kwargs(value: dict | str | None) -> dict:
-    """Arguments of a chat template, from a dict or a JSON object.
+def parse_template_kwargs(value: dict | str | None) -> dict | None:
+    """Arguments of a chat template, from a dict or a JSON object; `None` for none.
 
     Raises:
         ValueError: if it is no such object, or sets what the program sets.
@@ -201,8 +201,8 @@ def parse_template_kwargs(value: dict | str | None) -> dict:
     if isinstance(value, str):
         with suppress(json.JSONDecodeError):  # refused below, as a text
             value = json.loads(value)
-    if value is None:
-        return {}
+    if value is None or value == {}:
+        return None
     if not isinstance(value, dict):
         raise ValueError(
             f"chat_template_kwargs={value!r} is no JSON object; set it to one like '{{\"enable_thinking\": false}}'."

@@ -187,7 +187,7 @@ def test_template_arguments_count_in_the_length_filter(hybrid):
 
 
 def test_template_arguments_are_json_objects():
-    assert parse_template_kwargs(None) == {}
+    assert parse_template_kwargs(None) is parse_template_kwargs("{}") is None
     assert parse_template_kwargs('{"enable_thinking": false}') == {"enable_thinking": False}
     assert parse_template_kwargs({"a": 1}) == {"a": 1}
     for value in ("enable_thinking=false", "[1]", "{"):
