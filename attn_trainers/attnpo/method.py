@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..attention import KeyFocusObserver, decoder_of
 from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, RowFacts, SignalPass
+from ..base.options import changed_settings
 from ..base.report import Report
 from .alignment import reasoning_step_ranges
 from .credit import baseline_score, length_penalised_rewards, rloo_advantages, step_scales, token_factors
@@ -72,7 +73,8 @@ class AttnPOCredit(CreditMethod):
         self._next_report = 0
 
     def settings(self) -> dict[str, object]:
-        return {"heads": [list(pair) for pair in self.heads]}
+        heads = {"heads": [list(pair) for pair in self.heads]}  # as resolved
+        return changed_settings(self.options, AttnPOOptions) | heads
 
     def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
         if self.options.scales_credit:

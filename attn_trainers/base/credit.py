@@ -152,7 +152,7 @@ class CreditMethod(ABC):
     success_threshold: float = 0.5
 
     def settings(self) -> dict[str, object]:
-        """Its settings by name, for the model's card."""
+        """Its settings that are not the defaults, by name, for the model's card."""
         return {}
 
     def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:

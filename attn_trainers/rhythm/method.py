@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..attention import RhythmProfile, combine_heads, decoder_of
 from ..attention.heads import HeadSets, middle_layers
 from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, RowFacts, SignalPass
+from ..base.options import changed_settings
 from ..base.ranks import Ranks
 from ..base.report import Report
 from . import metrics
@@ -72,6 +73,9 @@ class RhythmCredit(CreditMethod):
         self.batches = 0
         self._heads_before: HeadSets | None = None  # to tell how much the sets change from batch to batch
         self._seed = 0
+
+    def settings(self) -> dict[str, object]:
+        return changed_settings(self.options, RhythmOptions)
 
     def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
         layers = self._layers_of(model_config.get_text_config())
