@@ -12,6 +12,7 @@ from ..attnpo.method import AttnPOCredit
 from ..attnpo.options import AttnPOOptions
 from ..base.config import MethodConfig
 from ..base.credit import CreditMethod
+from ..base.options import require_choice
 from ..rhythm.method import RhythmCredit
 from ..rhythm.options import RhythmOptions
 
@@ -65,8 +66,9 @@ def build_credit(arguments: object, args: MethodConfig) -> CreditMethod | None:
         args: settings of the trainer.
 
     Raises:
-        ValueError: for settings out of range, or that do not go with trees.
+        ValueError: for an unknown name, settings out of range, or settings that do not go with trees.
     """
+    require_choice("credit", arguments.credit, ["none", *CREDITS])  # the parser checks no name from a file
     if arguments.credit == "none":
         return None
     options_class, method_class = CREDITS[arguments.credit]

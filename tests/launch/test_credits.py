@@ -92,10 +92,12 @@ def test_an_unknown_credit_is_refused(parse, capsys):
 
 
 def test_fields_of_another_credit_are_refused(parse):
-    with pytest.raises(ValueError, match="scheme"):
+    with pytest.raises(SystemExit, match="Refused: .*'--scheme', 'local'"):
         parse("--scheme", "local")
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(SystemExit, match="Refused: .*'--heads'"):
         parse("--credit", "rhythm", "--heads", "[[0,1]]")
+    with pytest.raises(SystemExit, match="Refused: .*scheme"):
+        parse(config="scheme: local\n")
 
 
 @pytest.mark.parametrize("where", ["option", "file"])
