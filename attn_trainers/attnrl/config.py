@@ -157,7 +157,16 @@ class AttnRLConfig(MethodConfig):
     @property
     def reads_influence(self) -> bool:
         """Whether branching or the filter of easy prompts asks for the influence of steps."""
-        return self.num_branch_points > 0 and (self.branching == "attention" or self.filter_easy_prompts)
+        return self.num_branch_points > 0 and (self.filter_easy_prompts or self._needs == "influence")
+
+    @property
+    def reads_entropies(self) -> bool:
+        """Whether branching asks for the entropy of tokens."""
+        return self._needs == "entropies"
+
+    @property
+    def _needs(self) -> str | None:
+        return CRITERIA[self.branching].needs
 
     def preflight(self, model_config, tokenizer, report):
         prompts, ranks = self.generation_batch_size // self.num_generations, self.world_size
@@ -180,7 +189,7 @@ class AttnRLConfig(MethodConfig):
 
     def _check_fields(self) -> None:
         check_choices(
-            self, {"branching": CRITERIA, "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
+            self, {"branching": tuple(CRITERIA), "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
         )
         least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
         check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})

@@ -243,6 +243,14 @@ class CreditMethod(ABC):
         """Take up a state that `state_dict` gave."""
 
 
+def pad_rows(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
+    """(B, width) float32 from rows of (n_i,)."""
+    padded = torch.full((len(rows), width), value, dtype=torch.float32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
+
+
 def weighted_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     """(N,) weighted sum of (N, F) rewards, those left out that a function did not give; NaN where none gave any."""
     total = (rewards_per_func * weights.to(rewards_per_func.device)).nansum(dim=1)  # (N,)

@@ -46,8 +46,9 @@ def credit_arguments(name: str, config_class: type[MethodConfig]) -> type:
         name: of the credit method; for an unknown one there are no settings, and the parser refuses the name.
         config_class: settings of the trainer.
     """
-    help_text = "Credit method that weighs the tree advantages: none, attnpo or rhythm; its settings are options too."
-    choice = field(default="none", metadata={"help": help_text, "choices": ["none", *CREDITS]})
+    choices = ["none", *CREDITS]
+    help_text = f"Credit method that weighs tree advantages: {', '.join(choices)}; its settings are options too."
+    choice = field(default="none", metadata={"help": help_text, "choices": choices})
     own = [("credit", str, choice)]
     if name in CREDITS:
         option_fields = {one.name: one for one in fields(CREDITS[name][0])}
