@@ -152,7 +152,7 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 # after 12. So 3 of 5 leaves are correct.
 PROMPT = list(range(20, 30))
 FIRST = [31, 32, 33, 34, BLANK, 35, BLANK, CLOSE, 36, EOS]  # steps (0, 5) and (5, 7), an answer of 2 tokens
-WRONG = [[41, 42, CLOSE, 43, EOS], [44, 45, CLOSE, 46, EOS]]
+WRONG = [[41, BLANK, 42, CLOSE, 43, EOS], [44, BLANK, 45, CLOSE, 46, EOS]]  # with their head (0, 5) and (5, 6)
 SECOND = [51, 52, BLANK, 53, BLANK, CLOSE, 54, EOS]  # steps (0, 3) and (3, 5), an answer of 2
 LONG = [61, 62, BLANK, 63, 64, BLANK, CLOSE, 65, 66, EOS]  # with its head steps (0, 5) and (5, 8), an answer of 3
 
@@ -206,6 +206,8 @@ def test_attnpo_on_two_trees_by_hand(make_trainer, monkeypatch):
         of_leaf("first"): [0.072, 0.018],  # 2 S_base and S_base / 2, where S_base = 0.6² · 2 / 20 = 0.036
         of_leaf("second"): [0.02, 0.08],  # S_base / 2 and 2 S_base, where S_base = 0.6² · 2 / 18 = 0.04
         of_leaf("long"): [0.01, 0.1],  # S_base = 0.6² · 3 / 22 = 0.0490909
+        of_leaf("wrong 0"): [0.5, 0.5],  # far above S_base under A < 0, which would spare them if they were right
+        of_leaf("wrong 1"): [0.5, 0.5],
     }
 
     def result(observer):
@@ -219,7 +221,7 @@ def test_attnpo_on_two_trees_by_hand(make_trainer, monkeypatch):
     # 0.5, 0.2271025, 0.7728975. Rewards 0.9, 0.9545795, 0.8454205; V(root) = 2.7 / 5.
     short, long, root = 0.9545795, 0.8454205, 0.54
     assert rows["first"].advantages == pytest.approx([2 * (0.3 - root) / 3**0.5] * 3 + [0.36 + 0.6] * 7, abs=1e-6)
-    assert rows["wrong 0"].advantages == pytest.approx([-0.2771281] * 3 + [-0.54 - 0.3] * 5, abs=1e-6)
+    assert rows["wrong 0"].advantages == pytest.approx([-0.2771281] * 3 + [-0.54 - 0.3] * 6, abs=1e-6)
     assert rows["wrong 1"].advantages == rows["wrong 0"].advantages
     head = [0.36 * 2 / 2**0.5] * 2
     assert rows["second"].advantages == pytest.approx(head + [2 * short - root - 0.9] * 6, abs=1e-6)
@@ -230,7 +232,7 @@ def test_attnpo_on_two_trees_by_hand(make_trainer, monkeypatch):
     assert rows["first"].credit == pytest.approx([0.0] * 3 + [1.0] * 2 + [0.82] * 2 + [1.0] * 3)
     assert rows["second"].credit == pytest.approx([0.82] * 3 + [1.0] * 5)
     assert rows["long"].credit == pytest.approx([0.36 * 0.01 / 0.0490909091 + 0.64] * 5 + [1.0] * 7)
-    assert rows["wrong 0"].credit == rows["wrong 1"].credit == [1.0] * 8
+    assert rows["wrong 0"].credit == rows["wrong 1"].credit == [1.0] * 9
 
     by_leaf = {tuple(r.completion_ids): r for r in trainer.last_credit.details}
     first = by_leaf[of_leaf("first")]
@@ -267,7 +269,7 @@ def test_rhythm_on_two_trees_by_hand(make_trainer, monkeypatch, gamma_sign):
 
     # Rewards are those of the task: V(root) = 3 / 5, V of the heads 1 / 3 and 1.
     assert rows["first"].advantages == pytest.approx([2 * (1 / 3 - 0.6) / 3**0.5] * 3 + [0.4 + 2 / 3] * 7)
-    assert rows["wrong 0"].advantages == pytest.approx([-0.3079201] * 3 + [-0.6 - 1 / 3] * 5)
+    assert rows["wrong 0"].advantages == pytest.approx([-0.3079201] * 3 + [-0.6 - 1 / 3] * 6)
     for name, tokens in (("second", 6), ("long", 10)):
         assert rows[name].advantages == pytest.approx([0.8 / 2**0.5] * 2 + [0.4] * tokens)
 
@@ -275,10 +277,10 @@ def test_rhythm_on_two_trees_by_hand(make_trainer, monkeypatch, gamma_sign):
     negative, positive = gamma_sign != "pos", gamma_sign != "neg"
     a, b = (1.5 if negative else 1.0), (1.5 if positive else 1.0)
     assert rows["first"].credit == [a, a, 1.0, b, 1.0, b, 1.0, 1.0, 1.0, 1.0]
-    assert rows["wrong 0"].credit == rows["wrong 1"].credit == [a] * 3 + [1.0] * 5  # the same head, another factor
+    assert rows["wrong 0"].credit == rows["wrong 1"].credit == [a] * 4 + [1.0] * 5  # the same head, another factor
     assert rows["second"].credit == [b] * 3 + [1.0] * 5
     assert rows["long"].credit == [b] * 5 + [1.0] * 7
-    assert trainer._metrics["train"]["rhythm/amplified_share"] == pytest.approx([(4 + 3 + 3 + 3 + 5) / 46])
+    assert trainer._metrics["train"]["rhythm/amplified_share"] == pytest.approx([(4 + 4 + 4 + 3 + 5) / 48])
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ GENERATION = {"rhythm": "vllm", "attnpo": "given"}  # AttnPO needs an end of thi
 
 @pytest.fixture(scope="module")
 def model_dir(build_sharp_model) -> Path:
-    return build_sharp_model(hidden_size=64, num_layers=2)
+    return build_sharp_model(hidden_size=64, num_layers=2, sharpness=4.0)
 
 
 @pytest.fixture(scope="module")
