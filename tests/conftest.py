@@ -91,12 +91,15 @@ def launch():
 
 @pytest.fixture(scope="session")
 def run_ranks(launch):
-    """Runs a training script on some ranks and returns what it wrote to its output file, and its final weights."""
+    """Runs a training script on some ranks and returns what it wrote to its output file, and its final weights.
+
+    What follows the kind of generation goes to the script as it is.
+    """
     from safetensors.torch import load_file
 
-    def run(script: str, config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str):
+    def run(script: str, config: str, num_ranks: int, model_dir: Path, folder: Path, generation: str, *more: str):
         output = folder / f"{config}-{generation}.json"
-        launch(config, ROOT / "tests" / "distributed" / script, model_dir, output, num_ranks, generation)
+        launch(config, ROOT / "tests" / "distributed" / script, model_dir, output, num_ranks, generation, *more)
         return json.loads(output.read_text()), load_file(output.with_suffix("") / "model.safetensors")
 
     return run

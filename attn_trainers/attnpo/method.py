@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..attention import KeyFocusObserver, decoder_of
 from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, RowFacts, SignalPass
+from ..base.options import changed_settings
 from ..base.report import Report
 from ..thinking import EndOfThinking
 from .alignment import exclusion_warning, reasoning_step_ranges
@@ -78,7 +79,8 @@ class AttnPOCredit(CreditMethod):
         self._warned = False
 
     def settings(self) -> dict[str, object]:
-        return {"heads": [list(pair) for pair in self.heads]}
+        heads = {"heads": [list(pair) for pair in self.heads]}  # as resolved
+        return changed_settings(self.options, AttnPOOptions) | heads
 
     def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
         if self.options.scales_credit:

@@ -198,7 +198,7 @@ class CollectionMixin:
                 self.args.influence_aggregation,
             )
         logps, entropies = self.forward_completions(
-            batch, observer=observer, compute_entropy=self.args.branching == "entropy"
+            batch, observer=observer, compute_entropy=self.args.reads_entropies
         )
         influences = observer.result() if observer is not None else None
         read = []

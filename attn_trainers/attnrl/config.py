@@ -171,7 +171,16 @@ class AttnRLConfig(MethodConfig):
     @property
     def reads_influence(self) -> bool:
         """Whether branching or the filter of easy prompts asks for the influence of steps."""
-        return self.num_branch_points > 0 and (self.branching == "attention" or self.filter_easy_prompts)
+        return self.num_branch_points > 0 and (self.filter_easy_prompts or self._needs == "influence")
+
+    @property
+    def reads_entropies(self) -> bool:
+        """Whether branching asks for the entropy of tokens."""
+        return self._needs == "entropies"
+
+    @property
+    def _needs(self) -> str | None:
+        return CRITERIA[self.branching].needs
 
     def branching_options(self) -> dict[str, object]:
         """Settings of attention branching, as `report_branching` takes them."""
@@ -198,7 +207,7 @@ class AttnRLConfig(MethodConfig):
             report.warnings.append(f"no token holds a blank line: steps end at {steps}.")
 
     def _check_fields(self) -> None:
-        choices = {"branching": CRITERIA, "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
+        choices = {"branching": tuple(CRITERIA), "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
         check_choices(self, choices | {"step_mode": STEP_MODES, "influence_aggregation": INFLUENCE_AGGREGATIONS})
         least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
         check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})

@@ -5,14 +5,15 @@ All randomness comes from generators that the caller hands over.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..base.options import require_choice
 
-# Where rollouts are branched, and how the number of expanded rollouts is made whole.
-CRITERIA = ("attention", "entropy", "random", "first_steps")
+
+# How the number of expanded rollouts is made whole.
 ROUNDINGS = ("ceil", "round", "uniform")
 
 
@@ -30,51 +31,103 @@ class BranchPoints:
     num_fallbacks: int = 0
 
 
-def choose_branch_points(
-    criterion: str,
-    *,
-    step_ranges: Sequence[tuple[int, int]],
-    influence: Sequence[float] | np.ndarray | None = None,
-    entropies: Sequence[float] | np.ndarray | None = None,
-    num_points: int,
-    top_fraction: float = 0.2,
-    min_spacing: int = 512,
-    rng: random.Random | None = None,
-) -> BranchPoints:
+@dataclass(frozen=True)
+class CriterionInput:
+    """What a criterion chooses the branch points of one rollout by.
+
+    Attributes:
+        step_ranges: half-open token ranges of the m steps, counted from the first completion token.
+        num_points: branch points wanted (N), at least 1.
+        top_fraction, min_spacing: see `select_branch_points`.
+        influence: (m,) influence of each step, where the criterion needs it.
+        entropies: (n,) entropy at each token, where the criterion needs it.
+        rng: source of all randomness, where the criterion needs it.
+    """
+
+    step_ranges: Sequence[tuple[int, int]]
+    num_points: int
+    top_fraction: float = 0.2
+    min_spacing: int = 512
+    influence: Sequence[float] | np.ndarray | None = None
+    entropies: Sequence[float] | np.ndarray | None = None
+    rng: random.Random | None = None
+
+    @property
+    def starts(self) -> list[int]:
+        """Starts of all steps but the first: where a rollout can be branched between steps."""
+        return [start for start, _ in self.step_ranges[1:]]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way of choosing branch points.
+
+    Attributes:
+        choose: gives the points; where a rollout has no place to branch, none.
+        needs: the field of `CriterionInput` that must be there, `None` for none. "influence" makes the trainer read
+            the attention of initial rollouts, "entropies" their entropies.
+    """
+
+    choose: Callable[[CriterionInput], BranchPoints]
+    needs: str | None = None
+
+
+def choose_branch_points(criterion: str, **given) -> BranchPoints:
     """Choose the branch points of one rollout.
 
     A rollout of one step (one token for `entropy`) has no place to branch and gets no branch points.
 
     Args:
         criterion: `attention` (steps of top influence), `entropy` (tokens of top entropy, as in TreeRL), `random`
-            (random steps) or `first_steps` (the earliest).
-        step_ranges: half-open token ranges of the m steps, counted from the first completion token.
-        influence: (m,) influence of each step; for `attention`.
-        entropies: (n,) entropy at each token; for `entropy`.
-        num_points: branch points wanted (N), at least 1.
-        top_fraction, min_spacing: see `select_branch_points`; for `attention`.
-        rng: for `random`.
+            (random steps), `first_steps` (the earliest), or another entry of `CRITERIA`.
+        given: fields of `CriterionInput`.
 
     Raises:
         ValueError: for an unknown criterion, a signal that it needs and did not get, or `num_points` below 1.
     """
-    _check_num_points(num_points)
-    if criterion == "entropy":
-        if entropies is None:
-            raise ValueError("entropies=None; the criterion 'entropy' needs the entropy of each token.")
-        return select_entropy_points(entropies, num_points)
-    starts = [start for start, _ in step_ranges[1:]]
-    if criterion == "attention":
-        if influence is None:
-            raise ValueError("influence=None; the criterion 'attention' needs the influence of each step.")
-        return select_branch_points(influence, step_ranges, num_points, top_fraction, min_spacing)
-    if criterion == "first_steps":
-        return _filled(starts[:num_points], starts, num_points)
-    if criterion == "random":
-        if rng is None:
-            raise ValueError("rng=None; the criterion 'random' needs a random.Random.")
-        return _filled(rng.sample(starts, min(num_points, len(starts))), starts, num_points)
-    raise ValueError(f"criterion={criterion!r} is unknown; use attention, entropy, random or first_steps.")
+    require_choice("criterion", criterion, tuple(CRITERIA))
+    asked, chosen = CriterionInput(**given), CRITERIA[criterion]
+    _check_num_points(asked.num_points)
+    if chosen.needs is not None and getattr(asked, chosen.needs) is None:
+        raise ValueError(f"{chosen.needs}=None; the criterion {criterion!r} needs {_NEEDS[chosen.needs]}.")
+    return chosen.choose(asked)
+
+
+def top_influence(asked: CriterionInput) -> BranchPoints:
+    """AttnRL's own criterion, see `select_branch_points`."""
+    return select_branch_points(
+        asked.influence, asked.step_ranges, asked.num_points, asked.top_fraction, asked.min_spacing
+    )
+
+
+def top_entropy(asked: CriterionInput) -> BranchPoints:
+    """TreeRL's criterion, see `select_entropy_points`."""
+    return select_entropy_points(asked.entropies, asked.num_points)
+
+
+def random_steps(asked: CriterionInput) -> BranchPoints:
+    """Steps drawn at random, without repetition."""
+    taken = asked.rng.sample(asked.starts, min(asked.num_points, len(asked.starts)))
+    return fill_points(taken, asked.starts, asked.num_points)
+
+
+def first_steps(asked: CriterionInput) -> BranchPoints:
+    """The earliest steps."""
+    return fill_points(asked.starts[: asked.num_points], asked.starts, asked.num_points)
+
+
+# Where rollouts are branched, by the name that `AttnRLConfig.branching` takes.
+CRITERIA = {
+    "attention": Criterion(top_influence, needs="influence"),
+    "entropy": Criterion(top_entropy, needs="entropies"),
+    "random": Criterion(random_steps, needs="rng"),
+    "first_steps": Criterion(first_steps),
+}
+_NEEDS = {
+    "influence": "the influence of each step",
+    "entropies": "the entropy of each token",
+    "rng": "a random.Random",
+}
 
 
 def select_branch_points(
@@ -127,7 +180,7 @@ def select_branch_points(
             ends.append(end)
         if len(taken) == num_points:
             break
-    return _filled(taken, [start for start, _ in step_ranges[1:]], num_points)
+    return fill_points(taken, [start for start, _ in step_ranges[1:]], num_points)
 
 
 def select_entropy_points(entropies: Sequence[float] | np.ndarray, num_points: int) -> BranchPoints:
@@ -145,7 +198,7 @@ def select_entropy_points(entropies: Sequence[float] | np.ndarray, num_points: i
     if len(values) < 2:
         return BranchPoints([])
     top = 1 + np.argsort(-values[1:], kind="stable")[:num_points]
-    return _filled([int(offset) for offset in top], list(range(1, len(values))), num_points)
+    return fill_points([int(offset) for offset in top], list(range(1, len(values))), num_points)
 
 
 def _check_num_points(num_points: int) -> None:
@@ -155,7 +208,7 @@ def _check_num_points(num_points: int) -> None:
         )
 
 
-def _filled(taken: Sequence[int], offsets: Sequence[int], num_points: int) -> BranchPoints:
+def fill_points(taken: Sequence[int], offsets: Sequence[int], num_points: int) -> BranchPoints:
     """Fill up to `num_points`: earliest offsets not taken yet, then all over again; none where there is no offset."""
     if not offsets:
         return BranchPoints([])

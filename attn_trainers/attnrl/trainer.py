@@ -96,6 +96,7 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.credit = credit
         if credit is not None:
+            self._tag_names = [*self._tag_names, credit.prefix]
             credit.setup(self.model, self._tokenizer, self.reward_func_names, self.args.seed)
         self.delimiters = StepDelimiters.from_tokenizer(
             self._tokenizer, self.args.end_of_thinking, self.args.step_mode
@@ -243,6 +244,9 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
         method saw in it."""
         rows = micro_batch[self.ranks.index]
         batch = self._to_device(collate(rows, self._tokenizer.pad_token_id))
+        for i, row in enumerate(rows):
+            if self._is_masked(row):
+                batch["completion_mask"][i] = 0
         whole = CompletionBatch.of(batch)
         observer = timed(self.credit.observer(whole)) if self.credit is not None else None
         wants_entropies = self.credit is not None and self.credit.needs_entropies
@@ -255,9 +259,6 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
             batch["old_per_token_logps"] = torch.where(batch["fresh_mask"], logps.float(), old_logps)
         if self.beta != 0.0:
             batch["ref_per_token_logps"] = self._reference_logps(whole)
-        for i, row in enumerate(rows):
-            if self._is_masked(row):
-                batch["completion_mask"][i] = 0
         if self.use_vllm and self.vllm_importance_sampling_correction:
             self._correct_for_sampler(batch)
         batch["num_items_in_batch"] = num_tokens
@@ -338,6 +339,7 @@ class AttnRLTrainer(CollectionMixin, BaseTrainer):
             "last prompt batch": self.pipeline.controller.size,
         }
         if self.credit is not None:
+            settings["credit method"] = type(self.credit).__name__
             settings |= {f"{self.credit.prefix}: {name}": value for name, value in self.credit.settings().items()}
         return settings
 

@@ -154,7 +154,7 @@ class CreditMethod(ABC):
     success_threshold: float = 0.5
 
     def settings(self) -> dict[str, object]:
-        """Its settings by name, for the model's card."""
+        """Its settings that are not the defaults, by name, for the model's card."""
         return {}
 
     def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
@@ -243,6 +243,14 @@ class CreditMethod(ABC):
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a state that `state_dict` gave."""
+
+
+def pad_rows(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
+    """(B, width) float32 from rows of (n_i,)."""
+    padded = torch.full((len(rows), width), value, dtype=torch.float32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
 
 
 def weighted_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionObserver, forward_for_attention
+from .config import MethodConfig
 from .credit import (
     BatchCredit,
     CompletionBatch,
@@ -54,6 +55,9 @@ class CreditTrainer(BaseTrainer):
         last_credit: what it answered for the latest generation batch.
         last_rewards_per_func: (ranks·B, F) shaped rewards of the latest generation batch.
     """
+
+    config_class = MethodConfig
+    metric_prefix = "credit"
 
     def __init__(self, model, reward_funcs=None, args=None, *more, credit: CreditMethod | None = None, **kwargs):
         super().__init__(model, reward_funcs, args, *more, **kwargs)

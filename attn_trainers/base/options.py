@@ -1,6 +1,7 @@
 """Checks of settings: each refuses a field with its name, its value and what to set."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 
 def require_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -45,3 +46,9 @@ def check_shares(settings: object, names: Sequence[str], *, positive: bool = Fal
         if value is not None and not (0.0 <= value <= 1.0 and (value > 0 or not positive)):
             interval = "(0, 1]" if positive else "[0, 1]"
             raise ValueError(f"{name}={value} is outside {interval}; set it to a share within.")
+
+
+def changed_settings(settings: object, declared: type) -> dict[str, object]:
+    """Values in `settings` of the fields of the dataclass `declared`, those left out that are their defaults."""
+    values = {one.name: (getattr(settings, one.name), one.default) for one in fields(declared)}
+    return {name: value for name, (value, default) in values.items() if value != default}

@@ -12,6 +12,7 @@ from ..attnpo.method import AttnPOCredit
 from ..attnpo.options import AttnPOOptions
 from ..base.config import MethodConfig
 from ..base.credit import CreditMethod
+from ..base.options import require_choice
 from ..rhythm.method import RhythmCredit
 from ..rhythm.options import RhythmOptions
 
@@ -45,8 +46,9 @@ def credit_arguments(name: str, config_class: type[MethodConfig]) -> type:
         name: of the credit method; for an unknown one there are no settings, and the parser refuses the name.
         config_class: settings of the trainer.
     """
-    help_text = "Credit method that weighs the tree advantages: none, attnpo or rhythm; its settings are options too."
-    choice = field(default="none", metadata={"help": help_text, "choices": ["none", *CREDITS]})
+    choices = ["none", *CREDITS]
+    help_text = f"Credit method that weighs tree advantages: {', '.join(choices)}; its settings are options too."
+    choice = field(default="none", metadata={"help": help_text, "choices": choices})
     own = [("credit", str, choice)]
     if name in CREDITS:
         option_fields = {one.name: one for one in fields(CREDITS[name][0])}
@@ -65,8 +67,9 @@ def build_credit(arguments: object, args: MethodConfig) -> CreditMethod | None:
         args: settings of the trainer.
 
     Raises:
-        ValueError: for settings out of range, or that do not go with trees.
+        ValueError: for an unknown name, settings out of range, or settings that do not go with trees.
     """
+    require_choice("credit", arguments.credit, ["none", *CREDITS])  # the parser checks no name from a file
     if arguments.credit == "none":
         return None
     options_class, method_class = CREDITS[arguments.credit]

@@ -10,7 +10,15 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..attention import RhythmProfile, combine_heads, decoder_of
 from ..attention.heads import HeadSets, middle_layers
-from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, SignalPass
+from ..base.credit import (
+    BatchCredit,
+    CompletionBatch,
+    CreditContext,
+    CreditMethod,
+    SignalPass,
+    pad_rows,
+)
+from ..base.options import changed_settings
 from ..base.ranks import Ranks
 from ..base.report import Report
 from . import metrics
@@ -72,6 +80,9 @@ class RhythmCredit(CreditMethod):
         self.batches = 0
         self._heads_before: HeadSets | None = None  # to tell how much the sets change from batch to batch
         self._seed = 0
+
+    def settings(self) -> dict[str, object]:
+        return changed_settings(self.options, RhythmOptions)
 
     def preflight(self, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
         layers = self._layers_of(model_config.get_text_config())
@@ -276,14 +287,6 @@ def pool_spans(profiles: Sequence[RhythmProfile], ranks: Ranks) -> PooledSpans:
     counts = own.span_sum.new_tensor([own.tokens, own.responses])
     sums = ranks.sum(torch.cat([own.span_sum, counts]))  # (C + 2,)
     return PooledSpans(sums[:-2], int(sums[-2]), int(sums[-1]))
-
-
-def pad_rows(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
-    """(B, width) float32 from rows of (n_i,)."""
-    padded = torch.full((len(rows), width), value, dtype=torch.float32)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return padded
 
 
 def _signals(profiles: Sequence[RhythmProfile], heads: Sequence[HeadSets]) -> list[Signal]:

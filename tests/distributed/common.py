@@ -34,24 +34,24 @@ def train_and_save(trainer, output: str, num_ranks: int) -> None:
     trainer.save_model(str(Path(output).with_suffix("")))
 
 
-def history(trainer, prefix: str) -> list[dict]:
-    """What was logged of each step: losses, rewards and the method's metrics, times left out."""
+def history(trainer, *prefixes: str) -> list[dict]:
+    """What was logged of each step: losses, rewards and the methods' metrics, times left out."""
     kept = ("loss", "grad_norm", "reward", "sampling/sampling_logp_difference/mean")
     return [
         {
             name: value
             for name, value in entry.items()
-            if name in kept or (name.startswith(prefix) and "seconds" not in name)
+            if name in kept or (name.startswith(prefixes) and "seconds" not in name)
         }
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
 
 
-def run(main: Callable[[str, str, int, bool], None]) -> None:
-    """Call a script's `main(model_dir, output, num_ranks, use_vllm)` with the command line's values."""
-    model_dir, output, num_ranks, generation = sys.argv[1:]
-    main(model_dir, output, int(num_ranks), generation == "vllm")
+def run(main: Callable[..., None]) -> None:
+    """Call a script's `main(model_dir, output, num_ranks, use_vllm, *more)` with the command line's values."""
+    model_dir, output, num_ranks, generation, *more = sys.argv[1:]
+    main(model_dir, output, int(num_ranks), generation == "vllm", *more)
     # A rank whose interpreter ends with the process group still open is now and then aborted by its threads.
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
