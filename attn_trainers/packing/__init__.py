@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .ability import can_pack
-from .forward import packed_forward
+from .forward import packed_forward, token_log_probs
 from .layout import PackedRows, PrefixTree, pack_rows, unique_tokens
 from .observing import RowsObserver
 
@@ -18,6 +18,7 @@ __all__ = [
     "pack_rows",
     "packed_forward",
     "packed_logps",
+    "token_log_probs",
     "unique_tokens",
 ]
 

@@ -53,8 +53,10 @@ def _architecture(model: nn.Module, inner: PreTrainedModel) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has an encoder"
     decoder = inner.get_decoder()
-    if not decoder._supports_attention_backend or not type(decoder)._can_set_attn_implementation():
+    if not (isinstance(decoder, PreTrainedModel) and decoder._supports_attention_backend):
         return f"{name} does not hand keyword arguments on to transformers' AttentionInterface"
+    if inner._is_stateful:
+        return f"{name} keeps a recurrent state"
     if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
         return f"{name} takes no position ids"
     if "logits_to_keep" not in inspect.signature(type(inner).forward).parameters:
@@ -71,8 +73,9 @@ def _attention(model: nn.Module, inner: PreTrainedModel) -> str | None:
         return f"{name} has {', '.join(odd)} layers"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"{name} caps its attention logits (attn_logit_softcapping)"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout={config.attention_dropout} drops the weights of each row anew"
+    for dropout in ("attention_dropout", "attn_pdrop"):
+        if getattr(config, dropout, None):
+            return f"{dropout}={getattr(config, dropout)} drops the weights of each row anew"
     for module in inner.modules():
         if hasattr(module, "sinks"):
             return f"{name} has attention sinks"

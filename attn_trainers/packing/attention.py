@@ -90,6 +90,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """A packed row's attention, by the model's own kernels where they can, else by torch's."""
     _check(module, query, key, tree, kwargs)
+    tree.readers += 1
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     if is_flash_attention_requested(requested_attention_implementation=name):
         paths = gathered_paths(tree, query.device)

@@ -23,6 +23,7 @@ def packed_forward(
     entropies: bool = False,
     fused_head: bool = False,
     around: AbstractContextManager | None = None,
+    device: torch.device | None = None,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Forward packed rows and read every row's completion off them.
 
@@ -38,14 +39,19 @@ def packed_forward(
         fused_head: call the head that TRL's `add_fused_lm_head` gave the model, with `fused_lm_head=True`; it keeps no
             logits, and its own temperature and outputs hold.
         around: entered around the model's call; an attention observer with a `RowsObserver`, for one.
+        device: of the inputs; None for that of the parameters, which is wrong where these are offloaded.
 
     Returns:
         Per row (C,) log-probs of its completion tokens, float32, differentiable; and as many entropies of the
         distributions that predicted them (nats, at the same temperature), or None.
+
+    Raises:
+        ValueError: where a layer went around transformers' `AttentionInterface`, or a kernel cannot be exact.
     """
-    name = language_model(model).get_decoder().config._attn_implementation
-    inputs = _model_inputs(packed, next(model.parameters()).device)
-    read_trees(name, packed.tree)
+    config = language_model(model).get_decoder().config
+    inputs = _model_inputs(packed, next(model.parameters()).device if device is None else device)
+    read_trees(config._attn_implementation, packed.tree)
+    readers = packed.tree.readers
     labels = torch.from_numpy(packed.labels).to(inputs["input_ids"].device)  # (N,)
     trained = torch.from_numpy(packed.trained).to(labels.device)  # (M,)
     with around or nullcontext():
@@ -53,6 +59,12 @@ def packed_forward(
             output = model(**inputs, shift_labels=labels[None], fused_lm_head=True)
         else:
             output = model(**inputs, logits_to_keep=trained)
+    if packed.tree.readers < readers + config.num_hidden_layers:
+        raise ValueError(
+            f"model={type(model).__name__}: {packed.tree.readers - readers} of {config.num_hidden_layers} layers read "
+            "the packed row through transformers' AttentionInterface, so its log-probs are wrong; forward its rows "
+            "one by one."
+        )
     if fused_head:
         values = [output.log_probs[0, trained], output.entropy[0, trained] if entropies else None]
     else:

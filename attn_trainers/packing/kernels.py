@@ -217,8 +217,11 @@ def varlen_is_exact(device: torch.device, dtype: torch.dtype, heads: int, key_he
 
     Builds differ in where they align a causal mask whose sides differ, in grouped heads and in the widths they take.
     """
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
+    usual = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return usual and _varlen_agrees(device, dtype, heads, key_heads, width)
+
+
+def _varlen_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
     tree = pack_rows([[1, 2, 3, 4, 5, 6], [1, 2, 3, 7], [1, 2, 8]], [1, 1, 1]).tree
     shapes = [(1, count, tree.num_tokens, width) for count in (heads, key_heads, key_heads)]
     generator = torch.Generator(device).manual_seed(0)
@@ -227,11 +230,11 @@ def varlen_is_exact(device: torch.device, dtype: torch.dtype, heads: int, key_he
             torch.randn(shape, device=device, dtype=dtype, generator=generator, requires_grad=True) for shape in shapes
         ]
         try:
-            found = [varlen_attention(*inputs, 1.0, tree, window) for window in (None, 2)]
+            found = [varlen_attention(*inputs, width**-0.5, tree, window) for window in (None, 2)]
             found += torch.autograd.grad(found[0].sum(), inputs)
         except (RuntimeError, ValueError, NotImplementedError):
             return False
-        wanted = [blocked_attention(*inputs, 1.0, tree, window) for window in (None, 2)]
+        wanted = [blocked_attention(*inputs, width**-0.5, tree, window) for window in (None, 2)]
         wanted += torch.autograd.grad(wanted[0].sum(), inputs)
     return all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(found, wanted, strict=True))
 

@@ -33,7 +33,7 @@ NO_LABEL = -100
 """Label of a position that predicts nothing that is trained."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PrefixTree:
     """The segments of a packed row: what attention has to know. Positions are packed, from 0.
 
@@ -42,12 +42,14 @@ class PrefixTree:
         parents: (S,) segment before it on its path, -1 for a root.
         subtree_ends: (S,) position after its last descendant; its descendants are the positions from its end on.
         depths: (N,) position ids.
+        readers: how many calls of an attention function have read the tree; a forward checks that all its layers did.
     """
 
     starts: list[int]
     parents: list[int]
     subtree_ends: list[int]
     depths: np.ndarray
+    readers: int = 0
     _cache: dict = field(default_factory=dict, repr=False)
 
     @property

@@ -64,3 +64,59 @@ def tree_rows() -> tuple[list[list[int]], list[int]]:
 def shape_models(build_model):
     """One model of every shape, for tests that only read it."""
     return {shape: build_model(shape) for shape in SHAPES}
+
+
+@pytest.fixture
+def flash_varlen():
+    """FlashAttention's varlen function in plain torch: causal masks and windows end with each sequence's last key."""
+
+    def attend(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        parts = []
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
+        for query, key, value in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+            place = torch.arange(len(query))[:, None] + len(key) - len(query)
+            distance = place - torch.arange(len(key))  # (queries, keys)
+            hidden = (distance < 0) & (causal or window_size[1] == 0)
+            if window_size[0] >= 0:
+                hidden |= distance > window_size[0]
+            scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            parts.append(torch.einsum("hqk,khd->qhd", weights, value))
+        return torch.cat(parts)
+
+    return attend
+
+
+@pytest.fixture(scope="session")
+def rows_alone():
+    """Log-probs and entropies of each row in a forward of its own, by log_softmax."""
+
+    def forward(model, rows, starts, temperature=1.0):
+        logps, entropies = [], []
+        for row, start in zip(rows, starts, strict=True):
+            logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, start - 1 : -1].float()
+            scores = (logits / temperature).log_softmax(dim=-1)  # (C, V)
+            logps.append(scores.gather(-1, torch.tensor(row[start:], dtype=torch.long)[:, None]).squeeze(-1))
+            entropies.append(-(scores.exp() * scores).sum(dim=-1))
+        return logps, entropies
+
+    return forward
+
+
+@pytest.fixture(scope="session")
+def sizes() -> dict[str, int]:
+    """Sizes of a small decoder, as its config takes them."""
+    return SIZES

@@ -8,17 +8,6 @@ from hypothesis import strategies as st
 from attn_trainers.packing import can_pack, pack_rows, packed_forward, packed_logps
 
 
-def rows_alone(model, rows, starts, temperature=1.0):
-    """Log-probs and entropies of each row in a forward of its own, by log_softmax."""
-    logps, entropies = [], []
-    for row, start in zip(rows, starts, strict=True):
-        logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, start - 1 : -1].float()
-        scores = (logits / temperature).log_softmax(dim=-1)  # (C, V)
-        logps.append(scores.gather(-1, torch.tensor(row[start:], dtype=torch.long)[:, None]).squeeze(-1))
-        entropies.append(-(scores.exp() * scores).sum(dim=-1))
-    return logps, entropies
-
-
 def gradients(model, logps) -> dict[str, torch.Tensor]:
     """Parameter gradients of a sum in which every token of every row has a weight of its own."""
     model.zero_grad()
@@ -37,10 +26,10 @@ def worst_gradient(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
     return max(((found[name] - grad).norm() / grad.norm().clamp(min=least)).item() for name, grad in wanted.items())
 
 
-def assert_equal_to_rows(model, rows, starts, tolerance=1e-5, **options) -> None:
-    wanted, _ = rows_alone(model, rows, starts, **options)
+def assert_equal_to_rows(rows_alone, model, rows, starts, tolerance=1e-5) -> None:
+    wanted, _ = rows_alone(model, rows, starts)
     wanted_grads = gradients(model, wanted)
-    found = packed_logps(model, rows, starts, **options)
+    found = packed_logps(model, rows, starts)
     found_grads = gradients(model, found)
     assert [len(one) for one in found] == [len(row) - start for row, start in zip(rows, starts, strict=True)]
     assert all(one.dtype == torch.float32 for one in found)
@@ -50,11 +39,11 @@ def assert_equal_to_rows(model, rows, starts, tolerance=1e-5, **options) -> None
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", ["qwen2", "qwen2-windows", "qwen3", "llama", "mistral"])
-def test_equal_to_rows(build_model, tree_rows, shape, implementation):
+def test_equal_to_rows(build_model, tree_rows, rows_alone, shape, implementation):
     model = build_model(shape)
     model.set_attn_implementation(implementation)
     assert can_pack(model) is None
-    assert_equal_to_rows(model, *tree_rows)
+    assert_equal_to_rows(rows_alone, model, *tree_rows)
 
 
 @pytest.mark.parametrize("shape", ["qwen2", "mistral"])
@@ -63,13 +52,13 @@ def test_equal_to_rows(build_model, tree_rows, shape, implementation):
     rows=st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=14), min_size=1, max_size=6),
     cut=st.floats(0, 1),
 )
-def test_random_tries(shape_models, shape, rows, cut):
+def test_random_tries(shape_models, rows_alone, shape, rows, cut):
     """Two token ids only, so that rows share prefixes of any length."""
     starts = [1 + int(cut * (len(row) - 2)) for row in rows]
-    assert_equal_to_rows(shape_models[shape], rows, starts)
+    assert_equal_to_rows(rows_alone, shape_models[shape], rows, starts)
 
 
-def test_temperature_and_entropies(build_model, tree_rows):
+def test_temperature_and_entropies(build_model, tree_rows, rows_alone):
     model, (rows, starts) = build_model("qwen3"), tree_rows
     wanted, wanted_entropies = rows_alone(model, rows, starts, temperature=0.7)
     found, entropies = packed_forward(model, pack_rows(rows, starts), temperature=0.7, entropies=True)
