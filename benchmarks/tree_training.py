@@ -54,7 +54,11 @@ def main() -> None:
         return
     from attn_trainers.tables import markdown_table
 
-    results = [compare(length, points, args) for length in args.lengths for points in BRANCH_POINTS]
+    results = []
+    for length in args.lengths:
+        for points in BRANCH_POINTS:
+            results.append(compare(length, points, args))
+            print(*table_row(results[-1]), file=sys.stderr, flush=True)
     header = ("L", "branch points", "rows s", "packed s", "speed-up", "tokens", "quotient", "rows MiB", "packed MiB")
     print(markdown_table(header, [table_row(result) for result in results]))
     args.picture.parent.mkdir(parents=True, exist_ok=True)

@@ -52,15 +52,14 @@ def _architecture(model: nn.Module, inner: PreTrainedModel) -> str | None:
         return f"{name} is multimodal"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has an encoder"
-    decoder = inner.get_decoder()
-    if not (isinstance(decoder, PreTrainedModel) and decoder._supports_attention_backend):
+    if not inner._supports_attention_backend:
         return f"{name} does not hand keyword arguments on to transformers' AttentionInterface"
     if inner._is_stateful:
         return f"{name} keeps a recurrent state"
-    if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
-        return f"{name} takes no position ids"
-    if "logits_to_keep" not in inspect.signature(type(inner).forward).parameters:
-        return f"{name} takes no logits_to_keep"
+    parameters = inspect.signature(type(inner).forward).parameters
+    for argument in ("position_ids", "logits_to_keep"):
+        if argument not in parameters:
+            return f"{name} takes no {argument}"
     if getattr(config, "output_router_logits", False):
         return "output_router_logits=True: its load-balancing loss would count a shared token once"
     return None
@@ -85,7 +84,7 @@ def _attention(model: nn.Module, inner: PreTrainedModel) -> str | None:
 
 
 def _implementation(model: nn.Module, inner: PreTrainedModel) -> str | None:
-    name = inner.get_decoder().config._attn_implementation
+    name = inner.config._attn_implementation
     if is_flash_attention_requested(requested_attention_implementation=name):
         if flash_attn_supports_top_left_mask():
             return f"attn_implementation={name} aligns causal masks to the first key; use FlashAttention 2.1 or later"

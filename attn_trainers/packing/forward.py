@@ -48,7 +48,7 @@ def packed_forward(
     Raises:
         ValueError: where a layer went around transformers' `AttentionInterface`, or a kernel cannot be exact.
     """
-    config = language_model(model).get_decoder().config
+    config = language_model(model).config
     inputs = _model_inputs(packed, next(model.parameters()).device if device is None else device)
     read_trees(config._attn_implementation, packed.tree)
     readers = packed.tree.readers

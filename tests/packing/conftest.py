@@ -19,6 +19,16 @@ SHAPES = {
     "qwen3": {"head_dim": 16},
     "llama": {"num_key_value_heads": 4},
     "mistral": {"sliding_window": 7, "num_key_value_heads": 1},
+    "gemma3_text": {"sliding_window": 6, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "deepseek_v3": {  # values of another width than keys
+        "first_k_dense_replace": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+    },
 }
 
 

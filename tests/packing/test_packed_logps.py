@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from attn_trainers.packing import can_pack, pack_rows, packed_forward, packed_logps
 
 
+SHAPES = ["qwen2", "qwen2-windows", "qwen3", "llama", "mistral", "gemma3_text", "deepseek_v3"]
+
+
 def gradients(model, logps) -> dict[str, torch.Tensor]:
     """Parameter gradients of a sum in which every token of every row has a weight of its own."""
     model.zero_grad()
@@ -38,7 +41,7 @@ def assert_equal_to_rows(rows_alone, model, rows, starts, tolerance=1e-5) -> Non
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("shape", ["qwen2", "qwen2-windows", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_rows(build_model, tree_rows, rows_alone, shape, implementation):
     model = build_model(shape)
     model.set_attn_implementation(implementation)
