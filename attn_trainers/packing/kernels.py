@@ -79,9 +79,9 @@ class _MergedAttention(torch.autograd.Function):
         heads, groups, length, width = query.shape
         # Query heads that share keys lie side by side in a dimension of their own: keys are broadcast, never copied.
         keys, values = key.expand(-1, groups, -1, -1), value.expand(-1, groups, -1, -1)
-        memory = query.new_empty(length, heads, groups, width, dtype=torch.float32)
-        out = memory.permute(1, 2, 0, 3)  # (Hkv, G, N, D)
-        lse = query.new_empty(length, heads, groups, dtype=torch.float32).permute(1, 2, 0)  # (Hkv, G, N)
+        exact = {"dtype": torch.promote_types(query.dtype, torch.float32), "device": query.device}
+        out = torch.empty(length, heads, groups, width, **exact).permute(1, 2, 0, 3)  # (Hkv, G, N, D)
+        lse = torch.empty(length, heads, groups, **exact).permute(1, 2, 0)  # (Hkv, G, N)
         for block in blocks:
             rows = (slice(None), slice(None), block.queries)
             columns = (slice(None), slice(None), block.keys)
@@ -91,7 +91,7 @@ class _MergedAttention(torch.autograd.Function):
                 continue
             merged = torch.logaddexp(lse[rows], part_lse)
             out[rows].mul_((lse[rows] - merged).exp_()[..., None]).addcmul_(
-                part.float(), (part_lse - merged).exp_()[..., None]
+                part.to(out.dtype), (part_lse - merged).exp_()[..., None]
             )
             lse[rows] = merged
         out = out.to(query.dtype)
@@ -107,7 +107,8 @@ class _MergedAttention(torch.autograd.Function):
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
         keys, values = key.expand(-1, query.shape[1], -1, -1), value.expand(-1, query.shape[1], -1, -1)
-        grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (query, key, value)]
+        exact = torch.promote_types(query.dtype, torch.float32)
+        grads = [torch.zeros_like(tensor, dtype=exact) for tensor in (query, key, value)]
         for block in ctx.blocks:
             rows = (slice(None), slice(None), block.queries)
             columns = (slice(None), slice(None), block.keys)
