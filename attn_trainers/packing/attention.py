@@ -95,7 +95,8 @@ def _attend(
     if is_flash_attention_requested(requested_attention_implementation=name):
         paths = gathered_paths(tree, query.device)
         edges = dict(zip(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), paths[1:], strict=True))
-        return attention(module, query, key[:, :, paths.index], value[:, :, paths.index], None, **kwargs, **edges)
+        key, value = key.index_select(2, paths.index), value.index_select(2, paths.index)
+        return attention(module, query, key, value, None, **kwargs, **edges)
     if window is not None and window >= tree.longest_path:
         window = None  # it reaches everywhere
     if name == "flex_attention":

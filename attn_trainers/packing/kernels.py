@@ -137,7 +137,7 @@ def blocked_attention(
     parts = []
     for segment, (start, end) in enumerate(zip(tree.starts[:-1], tree.starts[1:], strict=True)):
         path = tree.kept(("path", segment, query.device), lambda s=segment: _to(tree.paths[s], query.device))
-        path_key, path_value = key[:, :, path], value[:, :, path]
+        path_key, path_value = key.index_select(2, path), value.index_select(2, path)
         for first in range(start, end, QUERY_BLOCK):
             last = min(first + QUERY_BLOCK, end)
             low, high = len(path) - (end - first), len(path) - (end - last)  # depths of the queries
@@ -200,8 +200,8 @@ def varlen_attention(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H, D)
     return varlen_attn(
         query,
-        key[paths.index],
-        value[paths.index],
+        key.index_select(0, paths.index),  # whose backward adds where an index's would sort first
+        value.index_select(0, paths.index),
         paths.query_edges,
         paths.key_edges,
         paths.longest_query,
