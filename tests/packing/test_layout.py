@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_trainers.packing import pack_rows, unique_tokens
@@ -29,6 +29,7 @@ def test_documented_example():
     assert packed.tree.longest_segment == 2
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_rows_are_read_back(rows):
     packed = pack_rows(rows, [1] * len(rows))
@@ -39,6 +40,7 @@ def test_rows_are_read_back(rows):
     assert [one.tolist() for one in packed.split(labels)] == [row[1:] for row in rows]
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_a_token_stands_once_per_prefix_and_next_token(rows):
     nodes = {(tuple(row[: i + 1]), row[i + 1] if i + 1 < len(row) else None) for row in rows for i in range(len(row))}
@@ -46,6 +48,7 @@ def test_a_token_stands_once_per_prefix_and_next_token(rows):
     assert packed.tree.num_tokens == len(packed.tokens) == len(nodes) == unique_tokens(rows)
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_paths_and_subtrees_say_the_same_as_the_rows(rows):
     tree = (packed := pack_rows(rows, [1] * len(rows))).tree
