@@ -12,8 +12,8 @@ time is the process's CPU time. Peak memory: a fresh process per way, what its h
 completion tokens alone and share the code that normalises them. Weights are random; float32 on a CPU, bfloat16 on
 CUDA.
 
-Prints a table with the speed-up, the ratio of row tokens to unique tokens, which bounds the speed-up of everything but
-attention, and their quotient (0.9 is wanted); and draws it.
+Prints a table with the speed-up, the ratio of row tokens to unique tokens (what packing
+saves in all but attention) and their quotient, of which 0.9 is wanted; and draws it.
 """
 
 import argparse
