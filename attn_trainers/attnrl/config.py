@@ -77,6 +77,9 @@ class AttnRLConfig(MethodConfig):
         off_policy (`bool`, *optional*, defaults to `True`):
             One generation call per step: continuations of this batch together with the initial rollouts of the next.
             `False` samples both for the same batch, in two calls.
+        pack_trees (`str`, *optional*, defaults to `"auto"`):
+            Whether rows that share prefixes are forwarded as one row that holds each shared token once: `"auto"`
+            where the model allows it, `"on"` (refused where it does not) or `"off"`.
         seeded_sampling (`bool`, *optional*, defaults to `False`):
             Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a
             GPU it costs sampling speed.
@@ -127,6 +130,10 @@ class AttnRLConfig(MethodConfig):
     off_policy: bool = field(
         default=True,
         metadata={"help": "Sample this batch's continuations together with the next batch's initial rollouts."},
+    )
+    pack_trees: str = field(
+        default="auto",
+        metadata={"help": "Forward shared prefixes once: 'auto' where the model allows it, 'on', 'off'."},
     )
     seeded_sampling: bool = field(
         default=False, metadata={"help": "Give each vLLM request a seed of its own (repeatable on any rank count)."}
@@ -209,6 +216,7 @@ class AttnRLConfig(MethodConfig):
     def _check_fields(self) -> None:
         choices = {"branching": tuple(CRITERIA), "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
         check_choices(self, choices | {"step_mode": STEP_MODES, "influence_aggregation": INFLUENCE_AGGREGATIONS})
+        check_choices(self, {"pack_trees": ("auto", "on", "off")})
         least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
         check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})
         check_shares(self, ["branch_top_fraction"], positive=True)

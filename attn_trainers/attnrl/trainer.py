@@ -27,6 +27,7 @@ from .branching_report import report_branching
 from .collection import CollectionMixin
 from .config import AttnRLConfig
 from .exploration import BranchPoints, choose_branch_points, choose_expanded, filter_easy_prompts
+from .packed import PackingMixin
 from .pipeline import Pipeline
 from .rollouts import PromptRollouts
 from .rows import (
@@ -45,7 +46,7 @@ from .steps import StepDelimiters
 logger = logging.getLogger(__name__)
 
 
-class AttnRLTrainer(CollectionMixin, BaseTrainer):
+class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 

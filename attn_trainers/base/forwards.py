@@ -65,6 +65,10 @@ class ForwardMixin:
         with without_dropout(model):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
+    def observing(self, observer: AttentionObserver | None):
+        """Context in which an observer sees the rows of forwards over the model that is trained."""
+        return observed(self.model, observer)
+
     def forward_completions(
         self,
         batch: CompletionBatch,
@@ -85,7 +89,7 @@ class ForwardMixin:
             Log-probs (B, T) of the completion tokens, and their entropies (B, T) or `None`.
         """
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, observed(self.model, observer):
+        with torch.no_grad(), checkpointing, self.observing(observer):
             logps, entropies, _ = self._get_per_token_logps_and_entropies(
                 self.model if model is None else model,
                 batch.input_ids,

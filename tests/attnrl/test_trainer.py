@@ -102,7 +102,7 @@ def test_the_synchronous_variant_samples_both_with_the_current_policy(make_train
 
 
 def test_old_log_probs_are_stored_for_initial_tokens_and_fresh_for_continuations(make_trainer):
-    trainer = make_trainer(max_steps=2)
+    trainer = make_trainer(max_steps=2, pack_trees="off")
     trainer.train()
     stored = {}
     for prompt in trainer.batches[0]:
