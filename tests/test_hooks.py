@@ -195,3 +195,18 @@ def test_the_first_forward_of_a_generation_batch_over_the_policy_is_the_one_for_
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert source.index("old_per_token_logps, _, _ = self._get_per_token") < source.index("if self.beta != 0.0:")
     assert source.index("self._get_per_token") < source.index("self._calculate_rewards(")
+
+
+def test_names_by_which_attention_is_read_and_packed():
+    from transformers import AttentionInterface, PreTrainedModel, Qwen2Config
+
+    assert isinstance(AttentionInterface._global_mapping, dict) and "sdpa" in AttentionInterface._global_mapping
+    assert callable(PreTrainedModel._can_set_attn_implementation)
+    assert PreTrainedModel._supports_attention_backend in (True, False) and PreTrainedModel._is_stateful is False
+    assert hasattr(Qwen2Config(), "_attn_implementation")
+
+
+def test_the_fused_head_gives_log_probs_and_entropies():
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert "labels=labels, fused_lm_head=True" in source
+    assert "outputs.log_probs" in source and "outputs.entropy" in source
