@@ -9,6 +9,8 @@ import torch
 
 
 GENERATION = {"rhythm": "vllm", "attnpo": "given"}  # AttnPO needs an end of thinking, which no random model writes
+# The last bits of vLLM's log-probs, which correct the ratio, hang on what else is in its batch.
+WEIGHT_TOLERANCE = {"vllm": 5e-5, "given": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,8 @@ def test_two_ranks_equal_one(run_ranks, one_rank, credit, config, model_dir, tmp
                 assert two_entry[name] == expected, name
                 logged += value is not None
     assert logged > 10
+    tolerance = WEIGHT_TOLERANCE[GENERATION[credit]]
     for name, weight in weights.items():
-        torch.testing.assert_close(two_weights[name], weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(two_weights[name], weight, rtol=1e-3, atol=tolerance)
     first, second = two["work"]
     assert first == second  # as many forwards and backwards on every rank

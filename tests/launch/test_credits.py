@@ -39,9 +39,9 @@ def test_a_credit_and_its_fields_on_the_command_line(parse):
     args, credit = parse("--credit", "rhythm", "--scheme", "local", "--top_fraction", "0.2", "--num_rollouts", "6")
     assert isinstance(credit, RhythmCredit) and args.num_rollouts == 6
     assert (credit.options.scheme, credit.options.top_fraction, credit.options.amplification) == ("local", 0.2, 1.5)
-    _, credit = parse("--credit", "attnpo", "--heads", "[[0,1],[1,0]]", "--step_mode", "paragraphs")
+    _, credit = parse("--credit", "attnpo", "--heads", "[[0,1],[1,0]]", "--min_step_chars", "40")
     assert isinstance(credit, AttnPOCredit)
-    assert credit.options.heads == [[0, 1], [1, 0]] and credit.options.step_mode == "paragraphs"
+    assert credit.options.heads == [[0, 1], [1, 0]] and credit.options.min_step_chars == 40
 
 
 def test_a_credit_and_its_fields_from_a_yaml_file(parse):
