@@ -177,7 +177,7 @@ def test_public_command_holds_no_tokens_and_no_folders():
 
 @pytest.mark.slow
 def test_recipes_push_what_they_trained(environment, tmp_path):
-    script = [sys.executable, str(ROOT / "tests" / "run_pushes.py"), str(ROOT), str(tmp_path)]
+    script = [sys.executable, str(ROOT / "tests" / "base" / "run_pushes.py"), str(ROOT), str(tmp_path)]
     run = subprocess.run(script, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())

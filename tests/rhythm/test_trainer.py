@@ -402,7 +402,7 @@ def test_transformers_generation_of_all_schemes(build):
 @pytest.mark.slow
 def test_vllm_colocate_reads_attention_in_the_old_log_probs(build, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    monkeypatch.setattr(RhythmTrainer, "forward_for_signal", None)  # no forward of its own is made
+    monkeypatch.setattr(RhythmTrainer, "_read_signal_alone", None)  # no forward of its own is made
     trainer = build(
         scheme="coupled",
         rhythm_lambda=0.1,
