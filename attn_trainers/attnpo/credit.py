@@ -20,13 +20,13 @@ def length_penalised_rewards(correct: Tensor, lengths: Tensor, penalty: float = 
     Args:
         correct: (..., G) 1 or 0 (or bool), G responses to each prompt.
         lengths: (..., G) tokens of each response, end-of-sequence token included.
-        penalty: Weight of the length; 0 leaves correctness.
+        penalty: weight of the length; 0 leaves correctness.
 
     Returns:
         (..., G) float32 rewards; 0 for wrong responses.
 
     Raises:
-        ValueError: Shapes differ, `correct` holds something else than 0 and 1, or `penalty` lies outside [0, 1].
+        ValueError: shapes differ, `correct` holds something else than 0 and 1, or `penalty` lies outside [0, 1].
     """
     if correct.shape != lengths.shape:
         raise ValueError(
@@ -109,17 +109,17 @@ def step_scales(
     Args:
         step_scores: (num_steps,) attention of the final answer to each step: summed over answer tokens, averaged over
             the step's tokens and over heads.
-        advantage: The response's advantage.
+        advantage: the response's advantage.
         accuracy: p, the share of correct responses to the prompt, in [0, 1].
         answer_length: |F|, tokens after `</think>`, end-of-sequence token included.
         sequence_length: L, tokens of prompt and response. (With the response alone the baseline
             is above the uniform level.)
-        progress: Optimizer steps done, the present one counted, divided by the schedule's length.
-        baseline_power: Exponent of the accuracy in S_base.
-        attenuation_power: Exponent of the accuracy in the attenuation.
-        floor: Least factor of an attenuated step, in [0, 1].
-        attenuate_positive: Scale steps of responses with a positive advantage.
-        protect_negative: Spare steps of responses with a negative advantage.
+        progress: optimizer steps done, the present one counted, divided by the schedule's length.
+        baseline_power: exponent of the accuracy in S_base.
+        attenuation_power: exponent of the accuracy in the attenuation.
+        floor: least factor of an attenuated step, in [0, 1].
+        attenuate_positive: scale steps of responses with a positive advantage.
+        protect_negative: spare steps of responses with a negative advantage.
 
     Returns:
         (num_steps,) factors in [0, 1], float32 (float64 for float64 scores), without gradient.
@@ -158,14 +158,14 @@ def token_factors(scales: Tensor, step_ranges: Sequence[tuple[int, int]], length
 
     Args:
         scales: (num_steps,) factors.
-        step_ranges: Half-open (start, end) token ranges of the steps, relative to the completion.
-        length: Tokens of the completion.
+        step_ranges: half-open (start, end) token ranges of the steps, relative to the completion.
+        length: tokens of the completion.
 
     Returns:
         (length,) factors in the dtype of the scales; 1 for tokens in no step (`</think>` and the answer).
 
     Raises:
-        ValueError: The numbers of scales and ranges differ, or a range is empty, overlaps the one before or leaves the
+        ValueError: the numbers of scales and ranges differ, or a range is empty, overlaps the one before or leaves the
             completion.
     """
     if len(scales) != len(step_ranges):

@@ -40,8 +40,8 @@ class Step:
     """One step of a thinking text.
 
     Attributes:
-        start: Offset of its first character.
-        end: Offset after its last character.
+        start: offset of its first character.
+        end: offset after its last character.
         kind: "turn", "forward", "summary" or "final"; "paragraph" from `split_paragraphs`.
     """
 
@@ -55,11 +55,11 @@ class ReasoningPhrases:
     """The phrases that open a step, case-sensitive; the default is the set for English reasoning models.
 
     Attributes:
-        turn: Phrases that reconsider or branch off; they cut anywhere.
-        forward: Phrases that go on; they cut at the start of a line.
-        summary: Phrases that conclude; they cut at the start of a line.
-        final: Phrases that open the closing answer; they cut anywhere, and their steps are never merged.
-        whole_words: Demand that a phrase ending in a letter ends a word. False for scripts without word spaces.
+        turn: phrases that reconsider or branch off; they cut anywhere.
+        forward: phrases that go on; they cut at the start of a line.
+        summary: phrases that conclude; they cut at the start of a line.
+        final: phrases that open the closing answer; they cut anywhere, and their steps are never merged.
+        whole_words: demand that a phrase ending in a letter ends a word. False for scripts without word spaces.
     """
 
     turn: tuple[str, ...]
@@ -161,11 +161,11 @@ def split_reasoning(
     step, or a step beside a final one.
 
     Args:
-        text: The thinking text. Anything from the first `</think>` on is left out.
-        min_step_chars: Steps with fewer characters are merged into a neighbour.
+        text: the thinking text. Anything from the first `</think>` on is left out.
+        min_step_chars: steps with fewer characters are merged into a neighbour.
         min_rest_chars: A short summary with at most this many characters after its phrase belongs to what follows.
-        compat: Cut exactly as the published program does, faults included.
-        phrases: Phrases for another language or model family; default `ENGLISH_PHRASES`.
+        compat: cut exactly as the published program does, faults included.
+        phrases: phrases for another language or model family; default `ENGLISH_PHRASES`.
 
     Returns:
         Steps in order that partition the thinking text: the first starts at 0, each next where the one before ends.
@@ -184,7 +184,7 @@ def split_paragraphs(text: str) -> list[Step]:
     A paragraph ends at one or more blank lines, which belong to it; blank text at the beginning belongs to the first.
 
     Args:
-        text: The thinking text. Anything from the first `</think>` on is left out.
+        text: the thinking text. Anything from the first `</think>` on is left out.
 
     Returns:
         Steps of kind "paragraph" that partition the thinking text; empty for an empty text.
