@@ -1,5 +1,6 @@
 """Settings of AttnRL."""
 
+import math
 from dataclasses import dataclass, field
 
 from ..base.config import MethodConfig
@@ -19,7 +20,8 @@ class AttnRLConfig(MethodConfig):
 
     - `num_generations` is derived: the leaf budget of a prompt, `num_rollouts * (1 + num_branch_points *
       rollouts_per_branch)`. A generation batch (`generation_batch_size`) holds that many training rows per prompt at
-      most.
+      most, and is as many updates of `per_device_train_batch_size * ranks * gradient_accumulation_steps` rows as it
+      has rows for. By default it is the smallest one of whole prompts that fills an update.
     - `epsilon_high=0.28`, `delta=3.0` (dual clip), `beta=0.001` without bias correction
       (`use_bias_correction_kl=False`), `loss_type="dapo"` (token mean), `lr_scheduler_type="constant"`,
       `max_completion_length=8192`.
@@ -72,6 +74,9 @@ class AttnRLConfig(MethodConfig):
         seeded_sampling (`bool`, *optional*, defaults to `False`):
             Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a
             GPU it costs sampling speed.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Tokens of a micro-batch on one rank, those that rows of a tree share counted once: whole trees are taken,
+            or subtrees where one exceeds it. By default a micro-batch is `per_device_train_batch_size` rows.
     """
 
     num_rollouts: int = field(default=6, metadata={"help": "Initial rollouts per prompt (G)."})
@@ -117,6 +122,10 @@ class AttnRLConfig(MethodConfig):
     seeded_sampling: bool = field(
         default=False, metadata={"help": "Give each vLLM request a seed of its own (repeatable on any rank count)."}
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a micro-batch on one rank, shared ones counted once. Default: by rows."},
+    )
 
     num_generations: int | None = field(
         default=None, metadata={"help": "Derived: the leaf budget of a prompt. Leave unset."}
@@ -145,14 +154,31 @@ class AttnRLConfig(MethodConfig):
                 f"num_branch_points * rollouts_per_branch) = {leaf_budget}. Leave num_generations unset and set those."
             )
         self.num_generations = leaf_budget
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            # Micro-batches that hold whole prompts, on any number of ranks.
+            whole = leaf_budget // math.gcd(leaf_budget, self.per_device_train_batch_size)
+            self.steps_per_generation = whole * -(-self.gradient_accumulation_steps // whole)
         super().__post_init__()
         self.check_per_token_advantages()
         self._check_support()
 
+    def check_saves(self) -> None:
+        """Saves fall where they may: they wait for the end of the generation batch."""
+
+    @property
+    def prompt_batch(self) -> int:
+        """Prompts of a full generation batch."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of an optimizer update over all ranks."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
     @property
     def updates_per_batch(self) -> int:
-        """Optimizer updates made on one generation batch."""
-        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+        """Optimizer updates made on a full generation batch."""
+        return -(-self.generation_batch_size // self.rows_per_update) * self.num_iterations
 
     @property
     def reads_influence(self) -> bool:
@@ -160,7 +186,7 @@ class AttnRLConfig(MethodConfig):
         return self.num_branch_points > 0 and (self.branching == "attention" or self.filter_easy_prompts)
 
     def preflight(self, model_config, tokenizer, report):
-        prompts, ranks = self.generation_batch_size // self.num_generations, self.world_size
+        prompts, ranks = self.prompt_batch, self.world_size
         if prompts < ranks:
             report.warnings.append(
                 f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; "
@@ -188,12 +214,11 @@ class AttnRLConfig(MethodConfig):
         check_shares(self, ["prompt_batch_smoothing"])
 
     def _check_support(self) -> None:
-        updates = self.steps_per_generation * self.num_iterations
-        if updates % self.gradient_accumulation_steps != 0:
+        if self.gradient_accumulation_steps > self.steps_per_generation:
             raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
-                f"steps_per_generation * num_iterations = {updates}: an update would mix generation batches. Set "
-                f"gradient_accumulation_steps to a divisor of {updates}, or raise generation_batch_size."
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} exceeds "
+                f"steps_per_generation={self.steps_per_generation}: an update would mix generation batches. Set it to "
+                f"at most {self.steps_per_generation}, or raise generation_batch_size."
             )
         if self.use_vllm and self.vllm_mode != "colocate":
             raise ValueError(

@@ -32,6 +32,10 @@ class MethodConfig(GRPOConfig):
             raise ValueError(
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
             )
+        self.check_saves()
+
+    def check_saves(self) -> None:
+        """Refuse saves inside a generation batch, for methods whose batches are a fixed number of updates."""
         check_save_interval(self)
 
     def check_per_token_advantages(self, otherwise: str = "") -> None:

@@ -1,5 +1,6 @@
 """The trainer on a small random model, with transformers generation; vLLM runs in test_vllm.py."""
 
+import itertools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attention import forward_context_influence
+from attn_trainers.attnrl.pipeline import Pipeline
 from attn_trainers.attnrl.rollouts import branches_of
 from attn_trainers.attnrl.steps import segment_steps
 from attn_trainers.attnrl.trees import tree_paths
@@ -42,7 +44,8 @@ class RecordingTrainer(AttnRLTrainer):
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        self.losses.append((inputs, self.latest_logps, loss.item()))
+        if self.model.training:
+            self.losses.append((inputs | {"update": self.state.global_step}, self.latest_logps, loss.item()))
         return loss
 
 
@@ -80,16 +83,22 @@ def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
 
 
 def test_each_token_comes_from_the_policy_of_the_published_pipeline(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(max_steps=8)
     trainer.train()
-    assert len(trainer.batches) == 3
-    for m, prompts in enumerate(trainer.batches, start=1):
-        assert {r.policy for p in prompts for r in p.rollouts} == {max(0, m - 2)}
+    updates = [int(n) for n in logged(trainer, "attnrl/updates")]
+    assert len(trainer.batches) == len(updates) >= 4
+    steps_before = steps = 0
+    for m, (prompts, count) in enumerate(zip(trainer.batches, updates, strict=True), start=1):
+        # A batch that may have been the last, with two updates, sampled nothing ahead: then the next starts anew.
+        was_ahead = m > 1 and steps_before + 2 < 8
+        assert {r.policy for p in prompts for r in p.rollouts} == {m - 2 if was_ahead else m - 1}
         assert {c.policy for p in prompts for c in p.continuations} == {m - 1}
+        steps_before, steps = steps, steps + count
+    assert steps_before < 8 <= steps
     assert [p.draw.serial for prompts in trainer.batches for p in prompts] == list(
         range(trainer.pipeline.stream.next_serial)
     )
-    assert trainer.pipeline.in_flight is None  # the last step samples nothing ahead
+    assert trainer.pipeline.in_flight is None  # the last batch samples nothing ahead
 
 
 def test_the_synchronous_variant_samples_both_with_the_current_policy(make_trainer):
@@ -110,7 +119,7 @@ def test_old_log_probs_are_stored_for_initial_tokens_and_fresh_for_continuations
             rollout = prompt.rollouts[path.tree]
             kept = len(rollout.tokens) if path.leaf == 0 else branches_of(rollout)[path.leaf - 1].offset
             stored[tuple(prompt.prompt_ids), tuple(path.tokens)] = torch.from_numpy(rollout.old_logps[:kept])
-    first_update = trainer.losses[:3]  # the policy has not moved since the continuations were sampled
+    first_update = by_update(trainer)[0]  # the policy has not moved since the continuations were sampled
     fresh_tokens = 0
     for inputs, logps, _ in first_update:
         for i in range(len(logps)):
@@ -128,20 +137,31 @@ def test_old_log_probs_are_stored_for_initial_tokens_and_fresh_for_continuations
     assert fresh_tokens > 0
 
 
-def test_the_loss_is_the_dual_clipped_token_mean(make_trainer):
+def by_update(trainer):
+    """Recorded losses of each update; micro-batches of one come one after the other."""
+    updates = []
+    for entry in trainer.losses:
+        if not updates or entry[0]["update"] != updates[-1][0][0]["update"]:
+            updates.append([])
+        updates[-1].append(entry)
+    return updates
+
+
+def test_the_loss_is_the_dual_clipped_mean_over_the_tokens_of_the_update(make_trainer):
     trainer = make_trainer(beta=0.0, learning_rate=0.05, max_steps=2)
     trainer.train()
-    num_tokens = sum(int(inputs["completion_mask"].sum()) for inputs, _, _ in trainer.losses)
     clipped = 0
-    for inputs, logps, loss in trainer.losses:
-        assert int(inputs["num_items_in_batch"]) == num_tokens
-        mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
-        ratio = (logps - inputs["old_per_token_logps"]).exp()
-        surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, 3.0 * advantages), surrogate)
-        clipped += int(((ratio - 1).abs() > 0.28)[mask].sum())
-        # Two updates share the generation batch's tokens, half of them each.
-        assert loss == pytest.approx(-surrogate[mask].sum().item() / (num_tokens / 2), rel=1e-5, abs=1e-8)
+    updates = by_update(trainer)
+    assert len(updates) == 2
+    for update in updates:
+        num_tokens = sum(int(inputs["completion_mask"].sum()) for inputs, _, _ in update)
+        for inputs, logps, loss in update:
+            mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
+            ratio = (logps - inputs["old_per_token_logps"]).exp()
+            surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+            surrogate = torch.where(advantages < 0, torch.maximum(surrogate, 3.0 * advantages), surrogate)
+            clipped += int(((ratio - 1).abs() > 0.28)[mask].sum())
+            assert loss == pytest.approx(-surrogate[mask].sum().item() / num_tokens, rel=1e-5, abs=1e-8)
     assert clipped > 0
 
 
@@ -151,7 +171,7 @@ def test_influence_and_old_log_probs_of_the_shared_forward_equal_those_of_separa
     prompts = trainer._sample([], trainer.pipeline.first_batch())
     for prompt in prompts:
         for rollout in prompt.rollouts:
-            ids = torch.tensor([prompt.prompt_ids + rollout.tokens])
+            ids = torch.tensor([prompt.prompt_ids + rollout.tokens.tolist()])
             segmentation = segment_steps(len(prompt.prompt_ids), rollout.tokens, trainer.delimiters)
             (influence,) = forward_context_influence(
                 model, ids, torch.ones_like(ids), [segmentation.ranges], [segmentation.stop_step], delta=1
@@ -172,7 +192,9 @@ def test_every_criterion_trains_with_the_whole_leaf_budget(make_trainer, branchi
     (prompts,) = trainer.batches
     assert {len(branches_of(r)) for p in prompts for r in p.rollouts if len(r.step_ranges) > 1} == {4}
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    assert logged(trainer, "attnrl/rows_trained")[0] + logged(trainer, "attnrl/rows_padded")[0] == 60
+    rows = int(logged(trainer, "attnrl/rows_trained")[0])
+    assert 30 < rows <= 60
+    assert logged(trainer, "attnrl/updates") == [2.0]
 
 
 def test_without_branch_points_every_rollout_is_a_row_with_an_outcome_advantage(make_trainer):
@@ -193,35 +215,91 @@ def test_without_branch_points_every_rollout_is_a_row_with_an_outcome_advantage(
                 assert inputs["advantages"][i][:length].tolist() == pytest.approx([advantages[key]] * length)
 
 
-def test_a_batch_without_signal_leaves_the_model_and_goes_on(make_trainer):
-    trainer = make_trainer(reward=always_wrong, beta=0.0, weight_decay=0.0)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+def test_batches_without_rows_are_no_updates_and_the_next_is_sampled_at_once(make_trainer):
+    calls = []
+
+    def wrong_at_first(completions, completion_ids, **kwargs):
+        calls.append(len(completions))
+        return odd_sum(completions, completion_ids) if len(calls) > 3 else always_wrong(completions)
+
+    trainer = make_trainer(reward=wrong_at_first, max_steps=4)
     trainer.train()
-    assert logged(trainer, "attnrl/rows_trained") == [0.0] * 3
-    assert logged(trainer, "attnrl/rows_padded") == [60.0] * 3
-    assert logged(trainer, "attnrl/solve_none_ratio") == [1.0] * 3
+    assert trainer.state.global_step == 4
+    assert trainer.pipeline.empty_batches == 2
+    assert logged(trainer, "attnrl/empty_batches")[0] == pytest.approx(1.0)  # mean of 0, 1 and 2: one entry of the log
+    assert trainer.pipeline.batches_trained == len(trainer.batches) - 2
+    assert trainer.pipeline.controller.state_dict()["exact_size"] > 2.4  # more prompts are drawn in search of signal
+    assert {r.policy for p in trainer.batches[2] for r in p.rollouts} == {0}
+
+
+def test_a_run_without_any_row_logs_what_it_saw_and_ends_with_the_likely_causes(make_trainer):
+    trainer = make_trainer(reward=always_wrong)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match="40 generation batches in a row gave no row .*solve_none_ratio"):
+        trainer.train()
+    assert trainer.pipeline.empty_batches == 40
+    assert trainer.pipeline.batches_trained == 0
+    (entry,) = trainer.state.log_history  # of the one step that was let go by
+    assert entry["attnrl/solve_none_ratio"] == 1.0
+    assert entry["attnrl/rows_trained"] == entry["grad_norm"] == 0.0
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    assert trainer.pipeline.controller.size > 2  # more prompts are drawn in search of signal
 
 
 def test_completions_of_one_token_have_no_branches(make_trainer):
     trainer = make_trainer(max_completion_length=1, max_steps=2)
-    trainer.train()
-    (prompts,) = trainer.batches
-    assert all(len(r.tokens) == 1 and not branches_of(r) for p in prompts for r in p.rollouts)
-    assert logged(trainer, "attnrl/rows_trained") == [0.0]
+    with pytest.raises(ValueError, match="rollouts of one step cannot be branched"):
+        trainer.train()
+    assert all(len(r.tokens) == 1 and not branches_of(r) for p in trainer.batches[0] for r in p.rollouts)
 
 
-def test_unscorable_completions_count_and_get_no_reward(make_trainer):
+def test_unscorable_completions_are_out_of_values_rows_and_accuracy_and_counted(make_trainer):
     def sometimes_none(completions, completion_ids, **kwargs):
         return [None if sum(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
 
-    trainer = make_trainer(reward=sometimes_none, max_steps=2)
+    trainer = make_trainer(reward=sometimes_none, max_steps=2, logging_steps=2)
     trainer.train()
-    (prompts,) = trainer.batches
-    samples = [r for p in prompts for r in p.rollouts] + [c for p in prompts for c in p.continuations]
-    assert all(sample.reward in (0.0, 1.0) for sample in samples)
-    assert logged(trainer, "attnrl/unscorable")[0] > 0
+    samples = [leaf for prompts in trainer.batches for p in prompts for leaf in p.leaves]
+    assert {sample.reward for sample in samples} == {0.0, 1.0}
+    counters = trainer.pipeline.counters
+    # Each initial rollout was sampled six times a prompt, each continuation four times an expanded rollout.
+    assert counters["unscorable"] > 0
+    assert counters["samples"] == len(samples) + counters["unscorable"]
+    whole = [p for prompts in trainer.batches for p in prompts]
+    assert any(len(p.rollouts) < 6 for p in whole)
+    for prompt in whole:
+        for path in tree_paths(prompt.trees()):
+            rollout = prompt.rollouts[path.tree]
+            assert sum(rollout.tokens[: len(path.tokens)]) >= 0  # rows hold scored leaves only
+
+
+def test_where_all_that_can_be_scored_is_right_there_is_nothing_to_learn(make_trainer):
+    trainer = make_trainer(
+        reward=lambda completions, completion_ids, **kwargs: [1.0 if sum(ids) % 2 else None for ids in completion_ids],
+        filter_easy_prompts=False,
+    )
+    with pytest.raises(ValueError, match="gave no row to train on"):
+        trainer.train()
+    assert trainer.pipeline.counters["unscorable"] > 0
+
+
+def test_a_prompt_that_no_reward_function_can_score_is_dropped_before_branching(make_trainer):
+    def is_unscorable(text):
+        return sum(map(ord, text)) % 2 == 0
+
+    def none_for_some_prompts(completions, completion_ids, prompts, **kwargs):
+        odd = odd_sum(completions, completion_ids)
+        return [None if is_unscorable(p[-1]["content"]) else value for p, value in zip(prompts, odd, strict=True)]
+
+    trainer = make_trainer(reward=none_for_some_prompts, max_steps=6)
+    trainer.train()
+    kept = [p for prompts in trainer.batches for p in prompts]
+    drawn = {draw.serial: draw for draw in trainer.pipeline.stream.draws(0, trainer.pipeline.stream.next_serial)}
+    content = {s: trainer.train_dataset[d.index]["prompt"][-1]["content"] for s, d in drawn.items()}
+    unscorable = {serial for serial, text in content.items() if is_unscorable(text)}
+    assert unscorable and {p.draw.serial for p in kept} == drawn.keys() - unscorable
+    counters = trainer.pipeline.counters
+    assert counters["unscorable_prompts"] == len(unscorable)
+    assert counters["unscorable"] == 6 * len(unscorable)  # none of them was branched
 
 
 def test_metrics_of_reward_functions_arrive(make_trainer):
@@ -235,7 +313,14 @@ def test_metrics_of_reward_functions_arrive(make_trainer):
     (prompts,) = trainer.batches
     num_branches = sum(len(p.continuations) for p in prompts)
     # Two calls: the initial rollouts alone, then the continuations alone, as no batch follows.
-    assert logged(trainer, "tokens") == [(6 * len(prompts) + num_branches) / 2]
+    assert logged(trainer, "tokens")[0] == (6 * len(prompts) + num_branches) / 2
+    leaves = [(path, leaf) for p in prompts for path, leaf in zip(tree_paths(p.trees()), p.leaves, strict=True)]
+    logs = trainer._logs
+    assert list(logs["advantages"]) == [path.advantages[-1] for path, _ in leaves]
+    assert list(logs["rewards"]["reward"]) == [leaf.reward for _, leaf in leaves]
+    assert list(logs["extra"]["length"]) == [len(path.tokens) for path, _ in leaves]
+    texts = trainer.processing_class.batch_decode([path.tokens for path, _ in leaves], skip_special_tokens=True)
+    assert [completion[0]["content"] for completion in logs["completion"]] == texts
 
 
 def test_truncated_completions_are_masked_on_demand(make_trainer):
@@ -244,15 +329,18 @@ def test_truncated_completions_are_masked_on_demand(make_trainer):
     )
     trainer.train()
     eos = trainer.processing_class.eos_token_id
-    masked = total = 0
-    for inputs, _, _ in trainer.losses:
-        for i, length in enumerate(inputs["completion_mask"].sum(1).tolist()):
-            masked += length == 0
-            total += length
-            assert length == 0 or inputs["completion_ids"][i][length - 1] == eos
-        num_items = int(inputs["num_items_in_batch"])
+    masked = 0
+    for update in by_update(trainer):
+        total = 0
+        for inputs, _, _ in update:
+            for i, length in enumerate(inputs["completion_mask"].sum(1).tolist()):
+                masked += length == 0
+                total += length
+                assert length == 0 or inputs["completion_ids"][i][length - 1] == eos
+        # TRL's normaliser of a micro-batch.
+        weight, num_items = inputs["weight"], inputs["num_items_in_batch"].item()
+        assert num_items * weight.steps / trainer.args.steps_per_generation == pytest.approx(total)
     assert masked > 0
-    assert total == num_items
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.01])
@@ -265,32 +353,78 @@ def test_lora_trains_the_adapter_only(make_trainer, beta):
     assert (len(logged(trainer, "kl")) > 0) == (beta > 0)
 
 
-def test_a_resumed_run_goes_on_with_the_prompts_in_flight_and_the_controllers(make_trainer, tmp_path):
-    trainer = make_trainer(save_strategy="steps", save_steps=4, max_steps=6)
+def test_a_save_waits_for_the_end_of_its_generation_batch_and_a_resumed_run_goes_on_from_there(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=8)
     trainer.train()
-    saved = json.loads((tmp_path / "out" / "checkpoint-4" / "attnrl_state.json").read_text())
-    assert saved["batches_trained"] == 2
-    first, count = saved["in_flight"]
-    assert [p.draw.serial for p in trainer.batches[2]] == list(range(first, first + count))
+    ends = list(itertools.accumulate(int(n) for n in logged(trainer, "attnrl/updates")))
+    saved = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert saved == [min(end, 8) for end in ends]
+    assert 1 not in saved  # a save was due there
+    m = 2  # batches before the checkpoint
+    checkpoint = tmp_path / "out" / f"checkpoint-{ends[m - 1]}"
+    state = json.loads((checkpoint / "attnrl_state.json").read_text())
+    assert state["batches_trained"] == m
+    first, count = state["in_flight"]
+    assert [p.draw.serial for p in trainer.batches[m]] == list(range(first, first + count))
 
-    resumed = make_trainer(save_strategy="no", max_steps=6)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
-    (prompts,) = resumed.batches
-    assert [p.draw for p in prompts] == [p.draw for p in trainer.batches[2]]
-    assert resumed.pipeline.batches_trained == 3
-    assert resumed.pipeline.stream.next_serial == trainer.pipeline.stream.next_serial
-    assert {r.policy for p in prompts for r in p.rollouts} == {2}  # sampled again by the policy of the checkpoint
-    assert resumed.pipeline.easy_influence.count >= saved["easy_influence"]["count"]
-    assert logged(resumed, "attnrl/samples")[-1] > saved["counters"]["samples"]
+    resumed = make_trainer(save_strategy="no", max_steps=8)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    prompts = resumed.batches[0]
+    assert [p.draw for p in prompts] == [p.draw for p in trainer.batches[m]]
+    assert {r.policy for p in prompts for r in p.rollouts} == {m}  # sampled again by the policy of the checkpoint
+    assert resumed.state.global_step == 8
+    assert resumed.pipeline.easy_influence.count >= state["easy_influence"]["count"]
+    # What was in flight at the checkpoint counts once.
+    used = [leaf for batch in (*trainer.batches[:m], *resumed.batches) for p in batch for leaf in p.leaves]
+    assert resumed.pipeline.totals["samples"] == len(used)
+    counters = resumed.pipeline.totals
+    assert resumed.state.num_input_tokens_seen == counters["generated_tokens"] + counters["context_tokens"]
+
+
+def test_a_synchronous_run_resumes_to_the_bit(make_trainer, tmp_path):
+    settings = {"off_policy": False, "save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    whole = make_trainer(**settings)
+    whole.train()
+    checkpoint = min((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    resumed = make_trainer(**(settings | {"save_strategy": "no"}))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert len(resumed.batches) < len(whole.batches)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(resumed.model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_num_train_epochs_are_passes_over_the_prompts(make_trainer, tmp_path, epochs):
+    trainer = make_trainer(max_steps=-1, num_train_epochs=epochs, save_strategy="epoch")
+    trainer.train_dataset = trainer.train_dataset.select(range(5))
+    trainer.pipeline = Pipeline(trainer.args, 5)
+    trainer.train()
+    serials = [p.draw.serial for prompts in trainer.batches for p in prompts]
+    assert serials == list(range(5 * epochs))
+    assert sorted(p.draw.index for prompts in trainer.batches for p in prompts) == sorted([*range(5)] * epochs)
+    assert trainer.state.epoch == epochs
+    assert trainer.state.global_step == sum(logged(trainer, "attnrl/updates")) <= trainer.state.max_steps
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == epochs
+
+
+def test_a_data_set_smaller_than_a_prompt_batch_is_drawn_from_again(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=30, max_steps=1)  # 6 prompts a batch
+    trainer.train_dataset = trainer.train_dataset.select(range(4))
+    trainer.pipeline = Pipeline(trainer.args, 4)
+    trainer.train()
+    (prompts,) = trainer.batches
+    assert [p.draw.serial for p in prompts] == list(range(6))
+    assert sorted(p.draw.index for p in prompts[:4]) == list(range(4))
 
 
 def test_evaluation_is_plain_generation(make_trainer, arithmetic_dataset):
     trainer = make_trainer(
-        eval_dataset=arithmetic_dataset, eval_strategy="steps", eval_steps=2, max_steps=2, per_device_eval_batch_size=8
+        eval_dataset=arithmetic_dataset, eval_strategy="steps", eval_steps=1, max_steps=4, per_device_eval_batch_size=8
     )
     trainer.train()
-    (reward,) = logged(trainer, "eval_reward")
-    assert 0.0 <= reward <= 1.0
+    rewards = logged(trainer, "eval_reward")
+    assert len(rewards) == len(logged(trainer, "attnrl/updates"))  # one after each generation batch
+    assert all(0.0 <= reward <= 1.0 for reward in rewards)
     assert not [name for entry in trainer.state.log_history for name in entry if name.startswith("eval_attnrl")]
 
 
