@@ -9,6 +9,23 @@ from .exploration import CRITERIA, ROUNDINGS
 from .steps import StepDelimiters
 
 
+# Keys of `generation_kwargs` that each request has a value of its own for, or that a continuation cannot honour.
+UNUSABLE_GENERATION_KWARGS = {
+    "best_of": "each request is one sample",
+    "guided_decoding": "a continuation is not a whole completion",
+    "logprobs": "the pipeline asks for those of the sampled tokens",
+    "max_length": "each request has its own limit: set max_completion_length",
+    "max_new_tokens": "each request has its own limit: set max_completion_length",
+    "max_tokens": "each request has its own limit: set max_completion_length",
+    "n": "each request is one sample: set num_rollouts and rollouts_per_branch",
+    "num_return_sequences": "each request is one sample: set num_rollouts and rollouts_per_branch",
+    "output_kind": "the pipeline waits for whole completions",
+    "prompt_logprobs": "the pipeline asks for those of the sampled tokens",
+    "seed": "it would make all samples of a prompt equal: set seed and seeded_sampling",
+    "structured_outputs": "a continuation is not a whole completion",
+}
+
+
 @dataclass
 class AttnRLConfig(MethodConfig):
     r"""
@@ -140,6 +157,9 @@ class AttnRLConfig(MethodConfig):
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Weight the KL term by the importance ratio (the published runs do not)."}
     )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "'none': tree advantages are not divided by a deviation."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
     vllm_importance_sampling_mode: str = field(
         default="token_truncate", metadata={"help": "How the vLLM-to-trainer mismatch is corrected; see GRPOConfig."}
@@ -208,12 +228,32 @@ class AttnRLConfig(MethodConfig):
         check_choices(
             self, {"branching": CRITERIA, "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
         )
+        if self.max_tokens_per_micro_batch is not None:
+            check_least(self, {"max_tokens_per_micro_batch": 1})
         least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
         check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})
         check_shares(self, ["branch_top_fraction"], positive=True)
         check_shares(self, ["prompt_batch_smoothing"])
 
     def _check_support(self) -> None:
+        self.require(
+            {
+                "scale_rewards": ("none", "tree advantages are not divided by a deviation"),
+                "multi_objective_aggregation": ("sum_then_normalize", "a leaf has one value"),
+                "pad_to_multiple_of": (None, "micro-batches are as wide as their longest row"),
+                "vllm_structured_outputs_regex": (None, "a continuation is not a whole completion"),
+            },
+            "AttnRL",
+        )
+        if self.max_completion_length is None:
+            raise ValueError(
+                "max_completion_length=None leaves a continuation no limit of its own; set it to a number of tokens."
+            )
+        for key in self.generation_kwargs or {}:
+            if key in UNUSABLE_GENERATION_KWARGS:
+                raise ValueError(
+                    f"generation_kwargs has {key!r}, but {UNUSABLE_GENERATION_KWARGS[key]}; leave it out."
+                )
         if self.gradient_accumulation_steps > self.steps_per_generation:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} exceeds "

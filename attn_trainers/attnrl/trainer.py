@@ -104,6 +104,14 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, BaseTrainer):
                 "train_dataset is an IterableDataset; AttnRL draws prompts by index, as many as each step needs. "
                 "Pass a Dataset."
             )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        for function in functions:
+            if getattr(function, "needs_groups", False):
+                raise ValueError(
+                    f"reward_funcs has {function.__name__}, which compares the completions of whole groups; trees "
+                    "have none: what is scored together is continuations of one batch and rollouts of the next. Give "
+                    "a reward of each completion alone, and credit=AttnPOCredit(...) to penalise length."
+                )
         if credit is not None:
             credit.check_trees()
         super().__init__(model, reward_funcs, args, *more, **kwargs)
@@ -299,6 +307,8 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, BaseTrainer):
                 batch["completion_mask"][i] = 0
         if self.use_vllm and self.vllm_importance_sampling_correction:
             self._correct_for_sampler(batch)
+        if not self.use_vllm:
+            del batch["sampling_per_token_logps"]  # there are none: off-policy masking takes the trainer's own
         return batch, signal_pass(whole, observer, entropies)
 
     def _weighted(self, batches: list[dict[str, Tensor]], update: Update) -> list[dict]:

@@ -49,6 +49,11 @@ class MethodConfig(GRPOConfig):
                 f"loss_type={self.loss_type!r} does not take advantages per token; set it to one of "
                 f"{', '.join(PER_TOKEN_LOSSES)} ('dapo' is the token mean, 'grpo' the mean per response){otherwise}."
             )
+        if self.loss_type == "cispo" and not (self.epsilon_high is not None and self.epsilon_high > 1.0):
+            raise ValueError(
+                f"epsilon_high={self.epsilon_high} is the bound of the ratio itself with loss_type='cispo', and would "
+                "hold it below 1; set it above 1 (published: 5.0)."
+            )
         if self.importance_sampling_level != "token":
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} does not go with advantages per token; "

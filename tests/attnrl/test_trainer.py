@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,77 +11,16 @@ from peft import LoraConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attention import forward_context_influence
+from attn_trainers.attnpo.rewards import get_length_penalised_accuracy_reward
 from attn_trainers.attnrl.pipeline import Pipeline
 from attn_trainers.attnrl.rollouts import branches_of
 from attn_trainers.attnrl.steps import segment_steps
 from attn_trainers.attnrl.trees import tree_paths
-from tests.helpers import logged
-
-
-def odd_sum(completions, completion_ids, **kwargs):
-    """Right and wrong completions in about equal shares, whatever the model writes."""
-    return [float(sum(ids) % 2) for ids in completion_ids]
+from tests.helpers import logged, odd_sum
 
 
 def always_wrong(completions, **kwargs):
     return [0.0] * len(completions)
-
-
-class RecordingTrainer(AttnRLTrainer):
-    """Keeps what passed through the pipeline."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batches = []
-        self.losses = []
-
-    def _training_micro_batches(self, prompts, num_drawn):
-        self.batches.append(prompts)
-        return super()._training_micro_batches(prompts, num_drawn)
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.latest_logps = output[0].detach()
-        return output
-
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        if self.model.training:
-            self.losses.append((inputs | {"update": self.state.global_step}, self.latest_logps, loss.item()))
-        return loss
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
-    def make(reward=odd_sum, trainer_class=RecordingTrainer, peft_config=None, eval_dataset=None, **kwargs):
-        settings = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 10,
-            "steps_per_generation": 6,
-            "gradient_accumulation_steps": 3,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "max_completion_length": 12,
-            "min_branch_spacing": 0,
-            "influence_delta": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-        }
-        return trainer_class(
-            str(tiny_model_dir),
-            reward,
-            AttnRLConfig(**(settings | kwargs)),
-            train_dataset=arithmetic_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tiny_tokenizer,
-            peft_config=peft_config,
-        )
-
-    return make
 
 
 def test_each_token_comes_from_the_policy_of_the_published_pipeline(make_trainer):
@@ -443,3 +384,113 @@ def test_settings_of_the_trainer_that_cannot_work_are_refused(
             args,
             train_dataset=arithmetic_dataset.to_iterable_dataset(),
         )
+
+
+def test_the_default_config_constructs_and_trains(
+    tmp_path, monkeypatch, tiny_model_dir, tiny_tokenizer, arithmetic_dataset
+):
+    monkeypatch.chdir(tmp_path)
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "max_completion_length": 12, "max_steps": 1}
+    args = AttnRLConfig(str(tmp_path / "out"), min_branch_spacing=0, influence_delta=1, **settings)
+    assert (args.per_device_train_batch_size, args.generation_batch_size) == (8, 120)
+    # In the order of the parent's arguments.
+    trainer = AttnRLTrainer(str(tiny_model_dir), odd_sum, args, arithmetic_dataset, None, tiny_tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    (entry,) = [entry for entry in trainer.state.log_history if "train_loss" in entry]
+    assert 0.0 < entry["rewards/odd_sum/mean"] < 1.0  # TRL's defaults log every tenth step: this is the only entry
+
+
+def test_every_entry_of_the_log_has_the_rewards_of_its_generation_batch(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    assert len(logged(trainer, "attnrl/updates")) < 3
+    assert len(logged(trainer, "reward")) == len(logged(trainer, "rewards/odd_sum/mean")) == 4  # the summary's too
+
+
+def test_seconds_are_of_a_generation_batch(make_trainer, monkeypatch):
+    clock = itertools.count()
+    trainer = make_trainer(off_policy=False, max_steps=1)
+    monkeypatch.setattr("attn_trainers.attnrl.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer.train()
+    # Two calls each take a second by this clock: for the initial rollouts, and for the continuations.
+    assert logged(trainer, "attnrl/seconds/generate") == [2.0]
+
+
+@pytest.mark.parametrize("budget", [60, 200])
+def test_a_budget_of_tokens_trains_on_the_same_rows(make_trainer, budget):
+    by_rows, by_tokens = (make_trainer(max_tokens_per_micro_batch=b, max_steps=1) for b in (None, budget))
+    for trainer in (by_rows, by_tokens):
+        torch.manual_seed(0)
+        trainer.train()
+    assert logged(by_rows, "attnrl/micro_batches") != logged(by_tokens, "attnrl/micro_batches")
+    assert logged(by_rows, "attnrl/rows_trained") == logged(by_tokens, "attnrl/rows_trained")
+    assert logged(by_rows, "loss")[0] == pytest.approx(logged(by_tokens, "loss")[0], rel=1e-4, abs=1e-6)
+    assert logged(by_rows, "grad_norm")[0] == pytest.approx(logged(by_tokens, "grad_norm")[0], rel=1e-3)
+    for inputs, _, _ in by_tokens.losses:
+        kept = int(inputs["completion_mask"].sum() + inputs["prompt_mask"].sum())
+        assert kept > 0
+    for name, parameter in by_rows.model.named_parameters():
+        torch.testing.assert_close(by_tokens.model.get_parameter(name), parameter, rtol=1e-2, atol=2e-3)
+
+
+def test_updates_need_not_divide_a_generation_batch(make_trainer):
+    # 80 rows at most, 30 an update: three updates, the last of which may be smaller.
+    trainer = make_trainer(
+        num_rollouts=4, num_branch_points=2, steps_per_generation=8, expansion="uniform", max_steps=3
+    )
+    trainer.train()
+    rows, updates = logged(trainer, "attnrl/rows_trained")[0], logged(trainer, "attnrl/updates")[0]
+    assert updates == -(-rows // 30)
+
+
+def test_beams_of_transformers_generation(make_trainer):
+    trainer = make_trainer(generation_kwargs={"num_beams": 2}, max_steps=1)
+    trainer.train()
+    assert all(1 <= len(leaf.tokens) <= 12 for p in trainer.batches[0] for leaf in p.leaves)
+
+
+def test_an_empty_completion_has_no_value_and_counts(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=1)
+    generate = trainer.generate_requests
+
+    def some_empty(requests):
+        return [replace(s, token_ids=[]) if i % 5 == 0 else s for i, s in enumerate(generate(requests))]
+
+    monkeypatch.setattr(trainer, "generate_requests", some_empty)
+    trainer.train()
+    counters = trainer.pipeline.counters
+    assert counters["empty"] > 0
+    leaves = [leaf for prompts in trainer.batches for p in prompts for leaf in p.leaves]
+    assert all(len(leaf.tokens) for leaf in leaves)
+    assert counters["samples"] == len(leaves) + counters["empty"]
+
+
+def test_old_log_probs_of_the_trainer_serve_off_policy_masking_where_the_sampler_gives_none(make_trainer):
+    trainer = make_trainer(off_policy_mask_threshold=0.0, beta=0.0, learning_rate=0.1, max_steps=2)
+    trainer.train()
+    assert all("sampling_per_token_logps" not in inputs for inputs, _, _ in trainer.losses)
+    inputs, logps, loss = by_update(trainer)[1][0]
+    mask, advantages = inputs["completion_mask"], inputs["advantages"]
+    drift = ((inputs["old_per_token_logps"] - logps) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    dropped = (advantages < 0) & (drift > 0)
+    assert dropped.any()
+    ratio = (logps - inputs["old_per_token_logps"]).exp()
+    surrogate = torch.minimum(ratio.clamp(max=3.0) * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    num_tokens = sum(int(one["completion_mask"].sum()) for one, _, _ in by_update(trainer)[1])
+    expected = -(surrogate * mask)[~dropped].sum().item() / num_tokens
+    assert loss == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_a_reward_of_whole_groups_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="length_penalised_accuracy_reward, which compares .* trees have none"):
+        make_trainer(reward=get_length_penalised_accuracy_reward(num_generations=4))
+
+
+def test_what_trl_asks_for_is_still_asked_for(make_trainer, tiny_model_dir, tmp_path, arithmetic_dataset):
+    args = AttnRLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="reward_funcs"):
+        AttnRLTrainer(str(tiny_model_dir), args=args, train_dataset=arithmetic_dataset)
+    images = arithmetic_dataset.add_column("image", [None] * len(arithmetic_dataset))
+    with pytest.raises(ValueError, match="train_dataset has the column 'image'"):
+        AttnRLTrainer(str(tiny_model_dir), odd_sum, args, train_dataset=images)
