@@ -43,6 +43,10 @@ def odd_sum(completions, completion_ids, **kwargs):
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
+def always_wrong(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
 def float_array(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)
 
