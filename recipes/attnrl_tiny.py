@@ -80,6 +80,7 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     trainer = AttnRLTrainer(
         str(folder), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
     )
+    trainer.keeps_prompts = True  # for the picture of a tree
     watch.lap("start-up")
     before = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
     trainer.accelerator.print(f"Held-out accuracy before: {before.accuracy:.3f}")
@@ -112,7 +113,7 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
         "before": asdict(before),
         "after": asdict(after),
         "seconds": seconds,
-        "counters": trainer.counter_totals,
+        "counters": trainer.pipeline.totals,
         "updates": trainer.state.global_step,
         "log_history": trainer.state.log_history,
     }

@@ -38,8 +38,21 @@ def logged(trainer, name: str) -> list:
     return [entry[name] for entry in trainer.state.log_history if entry.get(name) is not None]
 
 
+def odd_sum(completions, completion_ids, **kwargs):
+    """Right and wrong completions in about equal shares, whatever the model writes."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def always_wrong(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
 def float_array(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)
+
+
+def int_array(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
 
 
 def make_rollout(tokens: list[int], reward: float = 0.0, branches=None, **known):
@@ -48,7 +61,7 @@ def make_rollout(tokens: list[int], reward: float = 0.0, branches=None, **known)
     from attn_trainers.attnrl.rollouts import BranchedRollout, ReadRollout
 
     fields = {"sampling_logps": None, "policy": 0, "rewards": float_array(reward), "step_ranges": []}
-    fields |= {"old_logps": float_array(*[0.0] * len(tokens)), "tokens": tokens, "reward": reward} | known
+    fields |= {"old_logps": float_array(*[0.0] * len(tokens)), "tokens": int_array(*tokens), "reward": reward} | known
     if branches is None:
         return ReadRollout(**fields)
     points = BranchPoints(sorted({branch.offset for branch in branches}))
@@ -61,7 +74,7 @@ def make_continuation(offset: int, tokens: list[int], reward: float, sampling_lo
 
     return Continuation(
         offset=offset,
-        tokens=tokens,
+        tokens=int_array(*tokens),
         reward=reward,
         rewards=float_array(reward),
         sampling_logps=sampling_logps,

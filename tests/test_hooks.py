@@ -54,10 +54,12 @@ ATTRIBUTES = {
     "_last_loaded_step",
     "_name",
     "_is_vlm",
+    "_entropy_bonus_enabled",
+    "_last_world_entropy",
 }
-OTHER = {"_get_per_token_logps_and_entropies", "_run_epoch"}
+OTHER = {"_get_per_token_logps_and_entropies", "_run_epoch", "_maybe_log_save_evaluate"}
 # Modules that hold trainers or parts of them.
-TRAINERS = ["base/*.py", "attnrl/trainer.py", "attnrl/collection.py", "attnpo/trainer.py", "rhythm/trainer.py"]
+TRAINERS = ["base/*.py", "attnrl/*.py", "attnpo/trainer.py", "rhythm/trainer.py"]
 
 
 def test_the_version_is_the_one_that_was_read():
@@ -89,7 +91,15 @@ def test_the_log_prob_forward_runs_under_the_runs_autocast():
 
 
 def test_an_epoch_is_run_by_a_method_that_takes_keywords():
-    assert all(p.kind is not p.POSITIONAL_ONLY for p in inspect.signature(Trainer._run_epoch).parameters.values())
+    parameters = inspect.signature(Trainer._run_epoch).parameters
+    assert all(p.kind is not p.POSITIONAL_ONLY for p in parameters.values())
+    assert {"epoch", "epochs_trained", "resume_from_checkpoint"} <= parameters.keys()
+
+
+def test_logs_saves_and_evaluations_of_an_update_are_asked_for_in_one_place():
+    assert inspect.getsource(Trainer._run_epoch).count("self._maybe_log_save_evaluate(") == 2
+    source = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert all(f"self.control.should_{what}" in source for what in ("log", "evaluate", "save"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +125,7 @@ def test_attributes_of_a_trainer_are_what_they_are_taken_for(trainer):
     for pending in (trainer._pending_metrics, trainer._pending_extra_logs):
         assert isinstance(pending, defaultdict) and pending.default_factory is list
     assert trainer._buffered_inputs is None and trainer._step == 0
+    assert trainer._entropy_bonus_enabled is False and trainer._last_world_entropy == float("inf")
     assert list(inspect.signature(trainer._dist.summon_full_params).parameters) == ["module", "kwargs"]
     assert trainer._name == "GRPO" and trainer._is_vlm is False
     assert (trainer.reward_func_names, trainer.reward_weights.tolist()) == (["<lambda>"], [1.0])

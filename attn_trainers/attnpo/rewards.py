@@ -66,7 +66,7 @@ def get_length_penalised_accuracy_reward(num_generations: int, penalty: float = 
     r"""TRL reward function: correctness less a penalty for length within the prompt's group (AttnPO, TLMRE).
 
     A rank must hold whole groups, as TRL hands a reward function only its own share. `AttnPOTrainer` needs no such
-    function: it penalises over all ranks.
+    function: it penalises over all ranks. `AttnRLTrainer` refuses it, as trees have no whole groups.
 
     Args:
         num_generations: completions per prompt, contiguous.
@@ -90,4 +90,5 @@ def get_length_penalised_accuracy_reward(num_generations: int, penalty: float = 
         lengths = torch.tensor([len(ids) for ids in completion_ids]).view(-1, num_generations)
         return length_penalised_rewards(correct, lengths, penalty).flatten().tolist()
 
+    length_penalised_accuracy_reward.needs_groups = True
     return length_penalised_accuracy_reward

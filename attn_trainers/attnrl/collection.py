@@ -1,11 +1,14 @@
 """How AttnRL comes by rollouts: one generation call, one scoring, one no-grad forward over what is new."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from trl.chat_template_utils import parse_response
 from trl.trainer.utils import use_adapter
 
 from ..attention import InfluenceObserver
@@ -13,9 +16,10 @@ from ..base.credit import CompletionBatch, weighted_rewards
 from ..sampling.requests import GeneratedTokens, GenerationRequest, count_missing_logps
 from .exploration import BranchPoints
 from .pipeline import Draw
-from .rollouts import BranchedRollout, Continuation, PromptRollouts, ReadRollout, Rollout, to_array
-from .rows import TrainingRow, collate
+from .rollouts import BranchedRollout, Continuation, PromptRollouts, ReadRollout, Rollout, to_array, to_tokens
+from .rows import LeafValues, TrainingRow, collate
 from .steps import segment_steps
+from .trees import tree_paths
 
 
 # Branch points of the rollouts that are expanded, by prompt and by index of the rollout.
@@ -39,24 +43,48 @@ class CollectionMixin:
         requests = [*self._continuation_requests(plan), *self._initial_requests(new)]
         with self.timed("generate"):
             sampled = self.generate_requests(requests)
-        self._count(sampled)
-        completions = [(p, p.rollouts[i].tokens[:offset]) for p, i, offset in slots]
-        completions += [(p, []) for p in new for _ in range(self.args.num_rollouts)]
+        completions = [
+            (p, np.concatenate([p.rollouts[i].tokens[:offset], to_tokens(s.token_ids)]))
+            for (p, i, offset), s in zip(slots, sampled, strict=False)
+        ]
+        owners = [p for p in new for _ in range(self.args.num_rollouts)]
+        completions += [(p, to_tokens(s.token_ids)) for p, s in zip(owners, sampled[len(slots) :], strict=True)]
         with self.timed("reward"):
-            rewards = self._score([(p, head + s.token_ids) for (p, head), s in zip(completions, sampled, strict=True)])
-        scored = self._samples(sampled, rewards)
+            rewards, extras = self._score(completions)
+        first = len(slots)
+        self._count(self.pipeline.counters, requests[:first], sampled[:first], rewards[:first])
+        self._count(self.pipeline.ahead, requests[first:], sampled[first:], rewards[first:])
+        samples = self._samples(sampled, rewards, extras)
+        self._attach_continuations(plan, slots, samples[:first])
+        return self._attach_rollouts(new, samples[first:], reads=bool(draws))
+
+    def _attach_continuations(self, plan: BranchPlan, slots: Sequence, samples: Sequence[dict | None]) -> None:
+        """Give the expanded rollouts of the plan their continuations, those left out that have no value."""
         continuations = {(id(p), i): [] for p, points in plan for i in points}
-        for p, i, offset in slots:
-            continuations[id(p), i].append(Continuation(offset=offset, **next(scored)))
+        for (p, i, offset), sample in zip(slots, samples, strict=True):
+            if sample is not None:
+                continuations[id(p), i].append(Continuation(offset=offset, **sample))
         for p, points in plan:
             for i, point in points.items():
                 branches = continuations[id(p), i]
                 p.rollouts[i] = BranchedRollout.at_next_stage(p.rollouts[i], branch_points=point, branches=branches)
-        initial = [[Rollout(**next(scored)) for _ in range(self.args.num_rollouts)] for _ in new]
-        if draws:
+
+    def _attach_rollouts(
+        self, prompts: Sequence[PromptRollouts], samples: Sequence[dict | None], reads: bool
+    ) -> list[PromptRollouts]:
+        """Give new prompts their rollouts, read; both are left out where they have no value."""
+        size = self.args.num_rollouts
+        initial = [
+            [Rollout(**sample) for sample in samples[start : start + size] if sample is not None]
+            for start in range(0, len(samples), size)
+        ]
+        scored = [(p, rollouts) for p, rollouts in zip(prompts, initial, strict=True) if rollouts]
+        self.pipeline.ahead["unscorable_prompts"] += len(prompts) - len(scored)
+        kept = [p for p, _ in scored]
+        if reads:
             with self.timed("attention"):
-                self._read_rollouts(new, initial)
-        return new
+                self._read_rollouts(kept, [rollouts for _, rollouts in scored])
+        return kept
 
     def _tokenize_draws(self, draws: Sequence[Draw]) -> list[PromptRollouts]:
         examples = [self.train_dataset[draw.index] for draw in draws]
@@ -90,57 +118,93 @@ class CollectionMixin:
         for prompt, points in plan:
             counts = dict.fromkeys(points, 0)
             for i, offset in self._slots(points):
-                yield self._request(prompt, prompt.rollouts[i].tokens[:offset], f"branch/{i}/{counts[i]}")
+                head = prompt.rollouts[i].tokens[:offset].tolist()
+                yield self._request(prompt, head, f"branch/{i}/{counts[i]}")
                 counts[i] += 1
 
-    def _count(self, sampled: Sequence[GeneratedTokens]) -> None:
-        counters = self.pipeline.counters
+    def _count(
+        self,
+        counters: dict[str, int],
+        requests: Sequence[GenerationRequest],
+        sampled: Sequence[GeneratedTokens],
+        rewards: Tensor,
+    ) -> None:
+        """Add what was sampled and scored, rewards (n, F), to counters."""
         counters["samples"] += len(sampled)
         counters["generated_tokens"] += sum(len(s.token_ids) for s in sampled)
+        counters["context_tokens"] += sum(len(request.prompt_ids) for request in requests)
         counters["missing_sampling_logps"] += count_missing_logps(sampled)
+        counters["unscorable"] += int(torch.isnan(rewards).all(dim=1).sum())
+        counters["empty"] += sum(not s.token_ids for s in sampled)
 
-    def _samples(self, sampled: Sequence[GeneratedTokens], rewards: Tensor) -> Iterator[dict]:
-        """Fields of a `Sample` for each that was sampled; rewards (n, F)."""
-        totals = weighted_rewards(rewards, self.reward_weights).nan_to_num(nan=0.0).tolist()
-        for s, row, total in zip(sampled, rewards.cpu().numpy(), totals, strict=True):
-            yield {
-                "tokens": s.token_ids,
-                "sampling_logps": to_array(s.logps),
-                "policy": self.pipeline.batches_trained,
-                "rewards": np.asarray(row, dtype=np.float32),
-                "reward": total,
-            }
+    def _samples(
+        self, sampled: Sequence[GeneratedTokens], rewards: Tensor, extras: Sequence[dict]
+    ) -> list[dict[str, Any] | None]:
+        """Fields of a `Sample` for each that was sampled, rewards (n, F).
+
+        `None` for one that no reward function could score, or that has no token: it has no value, and is left out of
+        baselines, accuracies, filter and rows.
+        """
+        samples: list[dict[str, Any] | None] = []
+        totals = weighted_rewards(rewards, self.reward_weights).tolist()
+        for s, row, total, extra in zip(sampled, rewards.cpu().numpy(), totals, extras, strict=True):
+            if math.isnan(total) or not s.token_ids:
+                samples.append(None)
+                continue
+            samples.append(
+                {
+                    "tokens": to_tokens(s.token_ids),
+                    "sampling_logps": to_array(s.logps),
+                    "policy": self.pipeline.batches_trained,
+                    "rewards": np.array(row, dtype=np.float32),
+                    "reward": total,
+                    "extra": extra,
+                }
+            )
+        return samples
 
     # ---- rewards ----------------------------------------------------------------------------------------------------
 
-    def _score(self, scored: Sequence[tuple[PromptRollouts, list[int]]]) -> Tensor:
-        """(n, F) rewards of completions by TRL's own plumbing, in one call.
+    def _score(self, scored: Sequence[tuple[PromptRollouts, np.ndarray]]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(n, F) rewards of completions by TRL's own plumbing, in one call, and what is told of each for the table.
 
         TRL gathers the rewards, so ranks with fewer completions add some of their own that nobody reads.
         """
         counts = self.ranks.gather(torch.tensor([len(scored)], device=self.ranks.device))  # (ranks,)
         count = int(counts.max())
         if count == 0:
-            return torch.zeros(0, len(self.reward_funcs), device=self.ranks.device)
-        idle = (self.train_dataset[0], [self._tokenizer.eos_token_id])
-        items = [(p.example, tokens) for p, tokens in scored] + [idle] * (count - len(scored))
-        examples = [example for example, _ in items]
-        completion_ids = [tokens for _, tokens in items]
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        conversational = isinstance(examples[0]["prompt"], list)
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+            return torch.zeros(0, len(self.reward_funcs), device=self.ranks.device), []
+        eos = [self._tokenizer.eos_token_id]
+        items = [(p.example, p.prompt_ids, tokens.tolist()) for p, tokens in scored]
+        items += [(self.train_dataset[0], eos, eos)] * (count - len(scored))
+        examples, prompt_ids, completion_ids = (list(column) for column in zip(*items, strict=True))
         prompts = [example["prompt"] for example in examples]
+        completions = self._as_completions(prompts[0], prompt_ids, completion_ids)
         rewards = self._calculate_rewards(examples, prompts, completions, completion_ids)  # (ranks·n, F)
         idle_rows = torch.arange(count, device=counts.device).expand(len(counts), -1) >= counts[:, None]  # (ranks, n)
         rewards[idle_rows.flatten()] = torch.nan
-        self._log_scored(prompts, completions, rewards)
+        self._log_scored(rewards)
+        extras = [
+            {column: values[i] for column, values in self._pending_extra_logs.items() if i < len(values)}
+            for i in range(len(scored))
+        ]
+        self._pending_extra_logs.clear()
         first = self.ranks.index * count
-        local = rewards[first : first + len(scored)]
-        self.pipeline.counters["unscorable"] += int(torch.isnan(local).all(dim=1).sum())
-        return local
+        return rewards[first : first + len(scored)], extras
 
-    def _log_scored(self, prompts: list, completions: list, rewards: Tensor) -> None:
-        """Log the rewards (ranks·n, F) of all that was just scored, and the completions if `log_completions` is on.
+    def _as_completions(self, prompt, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]]) -> list:
+        """Completions in the form of the prompts, as TRL gives them to reward functions."""
+        if not isinstance(prompt, list):
+            return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        names = ("response_template", "response_schema")
+        if any(getattr(self._tokenizer, name, None) is not None for name in names):
+            pairs = zip(prompt_ids, completion_ids, strict=True)
+            return [[parse_response(self._tokenizer, ids, prefix=prefix)] for prefix, ids in pairs]
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _log_scored(self, rewards: Tensor) -> None:
+        """Log the rewards (ranks·n, F) of all that was just scored, and what reward functions logged themselves.
 
         The parent class does this inside the method that this pipeline replaces. Names are sorted so that all ranks
         gather in the same order.
@@ -154,16 +218,22 @@ class CollectionMixin:
         names = sorted(set(self.ranks.gather_list(list(pending))))
         self.log_values(self.ranks.means({n: (sum(pending.get(n, [])), len(pending.get(n, []))) for n in names}))
         pending.clear()
-        if self.log_completions:
-            self._logs["prompt"].extend(self.ranks.gather_list(prompts))
-            self._logs["completion"].extend(self.ranks.gather_list(completions))
-            for name, scores in zip(self.reward_func_names, rewards.T, strict=True):
-                self._logs["rewards"][name].extend(scores.tolist())
-            self._logs["advantages"].extend([float("nan")] * rewards.size(0))
-            for column in sorted(set(self.ranks.gather_list(list(self._pending_extra_logs)))):
-                values = self._pending_extra_logs.get(column, [None] * len(prompts))
-                self._logs["extra"][column].extend(self.ranks.gather_list(values))
-        self._pending_extra_logs.clear()
+
+    def _log_completions(self, prompts: Sequence[PromptRollouts], values_of: Sequence[LeafValues]) -> None:
+        """Add all leaves of a batch to the completions table, each with the advantage of its own last segment."""
+        logs = self._logs
+        for prompt, values in zip(prompts, values_of, strict=True):
+            for path, leaf in zip(tree_paths(prompt.trees(values.rewards)), prompt.leaves, strict=True):
+                (completion,) = self._as_completions(prompt.example["prompt"], [prompt.prompt_ids], [path.tokens])
+                for column in leaf.extra.keys() - logs["extra"].keys():
+                    logs["extra"][column].extend([None] * len(logs["prompt"]))
+                logs["prompt"].append(prompt.example["prompt"])
+                logs["completion"].append(completion)
+                logs["advantages"].append(path.advantages[-1])
+                for name, reward in zip(self.reward_func_names, leaf.rewards.tolist(), strict=True):
+                    logs["rewards"][name].append(reward)
+                for column, column_values in logs["extra"].items():
+                    column_values.append(leaf.extra.get(column))
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
@@ -175,7 +245,7 @@ class CollectionMixin:
         chunks = [order[start : start + size] for start in range(0, len(order), size)]
         read: list[ReadRollout | None] = [None] * len(flat)
         eos = [self._tokenizer.eos_token_id]
-        idle = (eos, Rollout(tokens=eos, sampling_logps=None, policy=0, rewards=np.zeros(0), reward=0.0))
+        idle = (eos, Rollout(tokens=to_tokens(eos), sampling_logps=None, policy=0, rewards=np.zeros(0), reward=0.0))
         for chunk in chunks + [[]] * (self.max_over_ranks(len(chunks)) - len(chunks)):
             results = self._read_chunk([flat[i] for i in chunk] or [idle])
             for i, result in zip(chunk, results, strict=False):  # an idle chunk's rollout is nobody's
@@ -187,7 +257,9 @@ class CollectionMixin:
     def _read_chunk(self, chunk: Sequence[tuple[list[int], Rollout]]) -> list[ReadRollout]:
         rows = [TrainingRow.unscored(prompt_ids, rollout.tokens) for prompt_ids, rollout in chunk]
         batch = CompletionBatch.of(self._to_device(collate(rows, self._tokenizer.pad_token_id)))
-        steps = [segment_steps(len(prompt_ids), rollout.tokens, self.delimiters) for prompt_ids, rollout in chunk]
+        steps = [
+            segment_steps(len(prompt_ids), rollout.tokens.tolist(), self.delimiters) for prompt_ids, rollout in chunk
+        ]
         observer = None
         if self.args.reads_influence:
             observer = InfluenceObserver(
@@ -217,11 +289,12 @@ class CollectionMixin:
 
     def _reference_logps(self, batch: CompletionBatch) -> Tensor:
         """Log-probs under the frozen initial model, (B, T); the base model where an adapter is trained."""
+        size = len(batch.input_ids)
         if self.ref_model is not None:
-            return self.forward_completions(batch, model=self.ref_model)[0]
+            return self.forward_completions(batch, model=self.ref_model, batch_size=size)[0]
         model = self.accelerator.unwrap_model(self.model)
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            return self.forward_completions(batch)[0]
+            return self.forward_completions(batch, batch_size=size)[0]
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.ranks.device) for name, tensor in batch.items()}

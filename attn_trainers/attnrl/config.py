@@ -1,5 +1,6 @@
 """Settings of AttnRL."""
 
+import math
 from dataclasses import dataclass, field
 
 from ..attention.observers import INFLUENCE_AGGREGATIONS
@@ -7,6 +8,23 @@ from ..base.config import MethodConfig
 from ..base.options import check_choices, check_least, check_shares
 from .exploration import CRITERIA, ROUNDINGS
 from .steps import STEP_MODES, StepDelimiters
+
+
+# Keys of `generation_kwargs` that each request has a value of its own for, or that a continuation cannot honour.
+UNUSABLE_GENERATION_KWARGS = {
+    "best_of": "each request is one sample",
+    "guided_decoding": "a continuation is not a whole completion",
+    "logprobs": "the pipeline asks for those of the sampled tokens",
+    "max_length": "each request has its own limit: set max_completion_length",
+    "max_new_tokens": "each request has its own limit: set max_completion_length",
+    "max_tokens": "each request has its own limit: set max_completion_length",
+    "n": "each request is one sample: set num_rollouts and rollouts_per_branch",
+    "num_return_sequences": "each request is one sample: set num_rollouts and rollouts_per_branch",
+    "output_kind": "the pipeline waits for whole completions",
+    "prompt_logprobs": "the pipeline asks for those of the sampled tokens",
+    "seed": "it would make all samples of a prompt equal: set seed and seeded_sampling",
+    "structured_outputs": "a continuation is not a whole completion",
+}
 
 
 @dataclass
@@ -20,7 +38,8 @@ class AttnRLConfig(MethodConfig):
 
     - `num_generations` is derived: the leaf budget of a prompt, `num_rollouts * (1 + num_branch_points *
       rollouts_per_branch)`. A generation batch (`generation_batch_size`) holds that many training rows per prompt at
-      most.
+      most, and is as many updates of `per_device_train_batch_size * ranks * gradient_accumulation_steps` rows as it
+      has rows for. By default it is the smallest one of whole prompts that fills an update.
     - `epsilon_high=0.28`, `delta=3.0` (dual clip), `beta=0.001` without bias correction
       (`use_bias_correction_kl=False`), `loss_type="dapo"` (token mean), `lr_scheduler_type="constant"`,
       `max_completion_length=8192`.
@@ -83,6 +102,9 @@ class AttnRLConfig(MethodConfig):
         seeded_sampling (`bool`, *optional*, defaults to `False`):
             Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a
             GPU it costs sampling speed.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Tokens of a micro-batch on one rank, those that rows of a tree share counted once: whole trees are taken,
+            or subtrees where one exceeds it. By default a micro-batch is `per_device_train_batch_size` rows.
     """
 
     num_rollouts: int = field(default=6, metadata={"help": "Initial rollouts per prompt (G)."})
@@ -138,6 +160,10 @@ class AttnRLConfig(MethodConfig):
     seeded_sampling: bool = field(
         default=False, metadata={"help": "Give each vLLM request a seed of its own (repeatable on any rank count)."}
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a micro-batch on one rank, shared ones counted once. Default: by rows."},
+    )
 
     num_generations: int | None = field(
         default=None, metadata={"help": "Derived: the leaf budget of a prompt. Leave unset."}
@@ -151,6 +177,9 @@ class AttnRLConfig(MethodConfig):
     delta: float | None = field(default=3.0, metadata={"help": "Dual clip: bound of the ratio for A < 0."})
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Weight the KL term by the importance ratio (the published runs do not)."}
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "'none': tree advantages are not divided by a deviation."}
     )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
     vllm_importance_sampling_mode: str = field(
@@ -166,14 +195,31 @@ class AttnRLConfig(MethodConfig):
                 f"num_branch_points * rollouts_per_branch) = {leaf_budget}. Leave num_generations unset and set those."
             )
         self.num_generations = leaf_budget
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            # Micro-batches that hold whole prompts, on any number of ranks.
+            whole = leaf_budget // math.gcd(leaf_budget, self.per_device_train_batch_size)
+            self.steps_per_generation = whole * -(-self.gradient_accumulation_steps // whole)
         super().__post_init__()
         self.check_per_token_advantages()
         self._check_support()
 
+    def check_saves(self) -> None:
+        """Saves fall where they may: they wait for the end of the generation batch."""
+
+    @property
+    def prompt_batch(self) -> int:
+        """Prompts of a full generation batch."""
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of an optimizer update over all ranks."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
     @property
     def updates_per_batch(self) -> int:
-        """Optimizer updates made on one generation batch."""
-        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+        """Optimizer updates made on a full generation batch."""
+        return -(-self.generation_batch_size // self.rows_per_update) * self.num_iterations
 
     @property
     def reads_influence(self) -> bool:
@@ -201,7 +247,7 @@ class AttnRLConfig(MethodConfig):
         }
 
     def preflight(self, model_config, tokenizer, report):
-        prompts, ranks = self.generation_batch_size // self.num_generations, self.world_size
+        prompts, ranks = self.prompt_batch, self.world_size
         if prompts < ranks:
             report.warnings.append(
                 f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; "
@@ -217,18 +263,37 @@ class AttnRLConfig(MethodConfig):
         choices = {"branching": tuple(CRITERIA), "expansion": ROUNDINGS, "prompt_batch_rounding": ("round", "ceil")}
         check_choices(self, choices | {"step_mode": STEP_MODES, "influence_aggregation": INFLUENCE_AGGREGATIONS})
         check_choices(self, {"pack_trees": ("auto", "on", "off")})
+        if self.max_tokens_per_micro_batch is not None:
+            check_least(self, {"max_tokens_per_micro_batch": 1})
         least = {"num_rollouts": 2, "num_branch_points": 0, "rollouts_per_branch": 1, "min_branch_spacing": 0}
         check_least(self, least | {"influence_delta": 1, "max_prompt_batch_factor": 1.0})
         check_shares(self, ["branch_top_fraction"], positive=True)
         check_shares(self, ["prompt_batch_smoothing"])
 
     def _check_support(self) -> None:
-        updates = self.steps_per_generation * self.num_iterations
-        if updates % self.gradient_accumulation_steps != 0:
+        self.require(
+            {
+                "scale_rewards": ("none", "tree advantages are not divided by a deviation"),
+                "multi_objective_aggregation": ("sum_then_normalize", "a leaf has one value"),
+                "pad_to_multiple_of": (None, "micro-batches are as wide as their longest row"),
+                "vllm_structured_outputs_regex": (None, "a continuation is not a whole completion"),
+            },
+            "AttnRL",
+        )
+        if self.max_completion_length is None:
             raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
-                f"steps_per_generation * num_iterations = {updates}: an update would mix generation batches. Set "
-                f"gradient_accumulation_steps to a divisor of {updates}, or raise generation_batch_size."
+                "max_completion_length=None leaves a continuation no limit of its own; set it to a number of tokens."
+            )
+        for key in self.generation_kwargs or {}:
+            if key in UNUSABLE_GENERATION_KWARGS:
+                raise ValueError(
+                    f"generation_kwargs has {key!r}, but {UNUSABLE_GENERATION_KWARGS[key]}; leave it out."
+                )
+        if self.gradient_accumulation_steps > self.steps_per_generation:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} exceeds "
+                f"steps_per_generation={self.steps_per_generation}: an update would mix generation batches. Set it to "
+                f"at most {self.steps_per_generation}, or raise generation_batch_size."
             )
         if self.use_vllm and self.vllm_mode != "colocate":
             raise ValueError(

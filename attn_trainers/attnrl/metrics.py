@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..base.ranks import Totals
+from .batches import Update, rank_loads
 from .pipeline import Pipeline
 from .rollouts import BranchedRollout, PromptRollouts, branches_of
 from .rows import TrainingRow
@@ -66,10 +67,8 @@ def exploration_metrics(prompts: Sequence[PromptRollouts], threshold: float) -> 
     return values
 
 
-def row_metrics(
-    rows_of: Sequence[Sequence[TrainingRow]], trained: Sequence[int], num_drawn: int, capacity: int
-) -> dict[str, float]:
-    """What became of the drawn prompts: rows with signal, left out, missing (Fig. 7b, 7d, Table 3)."""
+def row_metrics(rows_of: Sequence[Sequence[TrainingRow]], trained: Sequence[int], num_drawn: int) -> dict[str, float]:
+    """What became of the drawn prompts: rows with signal, trained on, left out (Fig. 7b, 7d, Table 3)."""
     rows = [row for index in trained for row in rows_of[index]]
     num_rows = sum(map(len, rows_of))
     num_tokens = sum(len(row.completion_ids) for row in rows)
@@ -80,7 +79,6 @@ def row_metrics(
         "rows_with_signal": float(num_rows),
         "rows_trained": float(len(rows)),
         "rows_over_capacity": float(num_rows - len(rows)),
-        "rows_padded": float(capacity - len(rows)),
         "prompts_trained": float(sum(bool(rows_of[index]) for index in trained)),
         "valid_train_token_num": float(sum(len(row.completion_ids) for row in with_signal)),
         "valid_train_token_ratio": (
@@ -100,7 +98,6 @@ def batch_metrics(
     rows_of: Sequence[Sequence[TrainingRow]],
     trained: Sequence[int],
     num_drawn: int,
-    capacity: int,
     threshold: float,
 ) -> dict[str, float]:
     """What is told of one training batch under `attnrl/`, but for the state of the pipeline.
@@ -110,16 +107,30 @@ def batch_metrics(
         rows_of: rows of each prompt.
         trained: indices of the prompts whose rows are trained on.
         num_drawn: prompts that were drawn for the batch.
-        capacity: rows of a generation batch.
         threshold: least reward of a correct completion.
     """
-    return exploration_metrics(prompts, threshold) | row_metrics(rows_of, trained, num_drawn, capacity)
+    return exploration_metrics(prompts, threshold) | row_metrics(rows_of, trained, num_drawn)
+
+
+def update_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """What a batch costs: its updates and micro-batches, the tokens that are forwarded, and how evenly ranks carry
+    them: the slowest rank of each update over the mean, weighed by tokens."""
+    loads = [rank_loads(update) for update in updates]
+    total = sum(map(sum, loads))
+    slowest = sum(max(of_update) * len(of_update) for of_update in loads)
+    return {
+        "updates": float(len(updates)),
+        "micro_batches": float(sum(map(len, updates))),
+        "unique_tokens": float(total),
+        "load_imbalance": slowest / total if total else float("nan"),
+    }
 
 
 def pipeline_metrics(pipeline: Pipeline, prompts: Sequence[PromptRollouts]) -> dict[str, float]:
     """State of the pipeline: counts, the filter's mean, and how many updates old the samples' policies are."""
     now = pipeline.batches_trained
     return {
+        "empty_batches": float(pipeline.empty_batches),
         "easy_influence_mean": pipeline.easy_influence.mean,
         "policy_lag_initial": _mean([now - r.policy for p in prompts for r in p.rollouts]),
         "policy_lag_mc": _mean([now - c.policy for p in prompts for c in p.continuations]),
@@ -140,7 +151,7 @@ def completion_metrics(prompts: Sequence[PromptRollouts], ends: Collection[int])
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths, default=0)),
         "completions/max_length": float(max(lengths, default=0)),
-        "completions/clipped_ratio": _mean([r.tokens[-1] not in ends for r in rollouts]),
+        "completions/clipped_ratio": _mean([int(r.tokens[-1]) not in ends for r in rollouts]),
         "reward": _mean(rewards),
         "reward_std": float(np.std(rewards)) if rewards else float("nan"),
     }

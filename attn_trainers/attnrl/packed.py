@@ -57,11 +57,12 @@ class PackingMixin:
         **kwargs,
     ):
         size = batch_size or input_ids.size(0)
+        text_only = not compute_aux_loss and all(value is None for value in kwargs.values())
         parent = super()._get_per_token_logps_and_entropies
         logps, entropies, aux_losses = [], [], []
         for start in range(0, input_ids.size(0), size):
             ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
-            packed = None if compute_aux_loss or kwargs else self._pack(ids, mask, logits_to_keep)
+            packed = self._pack(ids, mask, logits_to_keep) if text_only else None
             if packed is None:
                 with observed(self.model, self._row_observer):
                     one = parent(model, ids, mask, logits_to_keep, None, compute_entropy, compute_aux_loss, **kwargs)

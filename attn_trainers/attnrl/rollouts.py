@@ -1,7 +1,7 @@
 """What is known of a prompt on its way through the pipeline: its rollouts, stage by stage, and their branches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -16,18 +16,20 @@ class Sample:
     """Tokens that were sampled and scored.
 
     Attributes:
-        tokens: sampled tokens, those of the prompt and of a kept head left out.
+        tokens: sampled tokens, those of the prompt and of a kept head left out; (n,) int32.
         sampling_logps: the sampler's log-probs of `tokens`, (n,) float32, or `None` where the backend gives none.
         policy: number of training batches the sampling policy had been trained on.
         rewards: (F,) float32 of the whole completion by each reward function, NaN where one gave none.
         reward: their weighted sum.
+        extra: what reward functions told of it for the completions table, by column.
     """
 
-    tokens: list[int]
+    tokens: np.ndarray
     sampling_logps: np.ndarray | None
     policy: int
     rewards: np.ndarray
     reward: float
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def completion_length(self) -> int:
@@ -137,9 +139,9 @@ class PromptRollouts:
         of_leaf = iter([sample.reward for sample in self.leaves] if values is None else values)
         return [
             RolloutTree(
-                tokens=rollout.tokens,
+                tokens=rollout.tokens.tolist(),
                 reward=next(of_leaf),
-                branches=[Branch(c.offset, c.tokens, next(of_leaf)) for c in branches_of(rollout)],
+                branches=[Branch(c.offset, c.tokens.tolist(), next(of_leaf)) for c in branches_of(rollout)],
             )
             for rollout in self.rollouts
         ]
@@ -148,6 +150,11 @@ class PromptRollouts:
 def branches_of(rollout: Rollout) -> list[Continuation]:
     """Continuations of a rollout, none where it was not expanded."""
     return rollout.branches if isinstance(rollout, BranchedRollout) else []
+
+
+def to_tokens(values: Sequence[int]) -> np.ndarray:
+    """Int32 array of token ids."""
+    return np.asarray(values, dtype=np.int32)
 
 
 def to_array(values: Sequence[float] | None) -> np.ndarray | None:

@@ -1,10 +1,5 @@
-"""From the trees of many prompts to micro-batches of training rows, the same on every rank.
+"""From the trees of a prompt to training rows, and from rows to tensors."""
 
-All functions are pure: given the prompts in one order, every rank computes the same arrangement and takes its own
-part.
-"""
-
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +18,7 @@ class TrainingRow:
 
     Attributes:
         prompt_ids: tokens of the prompt.
-        completion_ids: tokens of the completion.
+        completion_ids: tokens of the completion, (n,) int32.
         advantages: (n,) float32.
         old_logps: (n,) float32; entries from `fresh_from` on are not known yet and hold 0.
         sampling_logps: (n,) float32, NaN where the sampler gave none.
@@ -35,7 +30,7 @@ class TrainingRow:
     """
 
     prompt_ids: list[int]
-    completion_ids: list[int]
+    completion_ids: np.ndarray
     advantages: np.ndarray
     old_logps: np.ndarray
     sampling_logps: np.ndarray
@@ -48,8 +43,13 @@ class TrainingRow:
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def tree(self) -> str:
+        """Name of its tree, whose rows share prefixes."""
+        return self.key.rpartition("/")[0]
+
     @classmethod
-    def unscored(cls, prompt_ids: list[int], completion_ids: list[int]) -> "TrainingRow":
+    def unscored(cls, prompt_ids: list[int], completion_ids: np.ndarray) -> "TrainingRow":
         """A row of which nothing but the tokens is known."""
         nothing = np.zeros(len(completion_ids), dtype=np.float32)
         return cls(prompt_ids, completion_ids, nothing, nothing, nothing, fresh_from=0)
@@ -93,20 +93,20 @@ def training_rows(
             continue
         num_tokens = len(path.tokens)
         if path.leaf == 0:
-            fresh_from = num_tokens
+            fresh_from, tokens = num_tokens, rollout.tokens
             sampling = _sampling_logps(rollout.sampling_logps, num_tokens)
         else:
             branch = branches[path.leaf - 1]
             fresh_from = branch.offset
+            tokens = np.concatenate([rollout.tokens[:fresh_from], branch.tokens])
             head = _sampling_logps(rollout.sampling_logps, fresh_from)
             sampling = np.concatenate([head, _sampling_logps(branch.sampling_logps, len(branch.tokens))])
         old_logps = np.zeros(num_tokens, dtype=np.float32)
         old_logps[:fresh_from] = rollout.old_logps[:fresh_from]
         advantages = np.asarray(path.advantages, dtype=np.float32)
         key = f"{prompt.draw.serial}/{path.tree}/{path.leaf}"
-        tokens = (prompt.prompt_ids, path.tokens)
         logps = (old_logps, sampling, fresh_from)
-        rows.append(TrainingRow(*tokens, advantages, *logps, key, correct, values.accuracy))
+        rows.append(TrainingRow(prompt.prompt_ids, tokens, advantages, *logps, key, correct, values.accuracy))
     return rows
 
 
@@ -133,40 +133,6 @@ def fit_capacity(row_counts: Sequence[int], capacity: int) -> list[int]:
             kept.append(index)
             used += count
     return kept
-
-
-def arrange_rows(
-    rows: Sequence[TrainingRow], num_micro_batches: int, num_ranks: int, rows_per_rank: int, seed: str
-) -> list[list[list[TrainingRow | None]]]:
-    """Spread rows over micro-batches and ranks.
-
-    Rows of like length share a micro-batch, so that little of it is padding and the ranks take alike long; the order
-    of the micro-batches is shuffled, so that each update sees all lengths. Missing rows are `None`, spread evenly.
-
-    Args:
-        rows: at most `num_micro_batches * num_ranks * rows_per_rank`.
-        num_micro_batches: micro-batches of a generation batch.
-        num_ranks: ranks.
-        rows_per_rank: rows of a micro-batch on one rank.
-        seed: of the order.
-
-    Returns:
-        `[micro_batch][rank][row]`; the rows of micro-batch i over all ranks depend on the total rows per micro-batch
-        only, not on how many ranks share them.
-    """
-    width = num_ranks * rows_per_rank
-    if len(rows) > num_micro_batches * width:
-        raise ValueError(f"{len(rows)} rows exceed the capacity of {num_micro_batches} micro-batches of {width} rows.")
-    ordered = sorted(rows, key=lambda row: row.length, reverse=True)
-    quotient, remainder = divmod(len(ordered), num_micro_batches)
-    micro_batches, start = [], 0
-    for index in range(num_micro_batches):
-        count = quotient + (index < remainder)
-        group = list(ordered[start : start + count]) + [None] * (width - count)
-        micro_batches.append([group[rank::num_ranks] for rank in range(num_ranks)])
-        start += count
-    random.Random(seed).shuffle(micro_batches)
-    return micro_batches
 
 
 def collate(rows: Sequence[TrainingRow | None], pad_token_id: int) -> dict[str, Tensor]:
@@ -199,13 +165,24 @@ def collate(rows: Sequence[TrainingRow | None], pad_token_id: int) -> dict[str, 
         prompt_length, length = len(row.prompt_ids), len(row.completion_ids)
         batch["prompt_ids"][i, prompt_width - prompt_length :] = torch.tensor(row.prompt_ids)
         batch["prompt_mask"][i, prompt_width - prompt_length :] = 1
-        batch["completion_ids"][i, :length] = torch.tensor(row.completion_ids)
+        batch["completion_ids"][i, :length] = torch.from_numpy(row.completion_ids)
         batch["completion_mask"][i, :length] = 1
         batch["advantages"][i, :length] = torch.from_numpy(row.advantages)
         batch["old_per_token_logps"][i, :length] = torch.from_numpy(row.old_logps)
         batch["sampling_per_token_logps"][i, :length] = torch.from_numpy(row.sampling_logps)
         batch["fresh_mask"][i, row.fresh_from : length] = True
     return batch
+
+
+def pad_rows(batch: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+    """Fill a batch up with rows of zeros, whose mask is empty: ranks that exchange a value per row have as many."""
+    padded = {}
+    for name, tensor in batch.items():
+        if tensor.dim() > 0 and tensor.size(0) < num_rows:
+            missing = tensor.new_zeros((num_rows - tensor.size(0), *tensor.shape[1:]))
+            tensor = torch.cat([tensor, missing])
+        padded[name] = tensor
+    return padded
 
 
 def importance_sampling_ratio(

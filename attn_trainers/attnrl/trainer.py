@@ -2,7 +2,10 @@
 
 import logging
 import random
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,30 +26,34 @@ from ..base.credit import (
 from ..base.forwards import signal_pass, timed
 from ..base.trainer import BaseTrainer
 from . import metrics
+from .batches import MicroBatch, Update, arrange_updates
 from .branching_report import report_branching
 from .collection import CollectionMixin
 from .config import AttnRLConfig
 from .exploration import BranchPoints, choose_branch_points, choose_expanded, filter_easy_prompts
+from .loss import LossMixin
 from .packed import PackingMixin
 from .pipeline import Pipeline
 from .rollouts import PromptRollouts
 from .rows import (
     LeafValues,
     TrainingRow,
-    arrange_rows,
     collate,
     fit_capacity,
     importance_sampling_ratio,
+    pad_rows,
     prompt_rows,
     row_facts,
 )
 from .steps import StepDelimiters
+from .updates import UpdatesMixin
+from .weights import part_weights
 
 
 logger = logging.getLogger(__name__)
 
 
-class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
+class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
@@ -54,6 +61,9 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
     steps attend to most, spends samples where prompts are hard, and trains on tree advantages. A training step m makes
     one generation call with the policy π_{m-1}: the continuations of prompt batch m together with the initial rollouts
     of batch m+1. One no-grad forward over the initial rollouts gives their old log-probs and their attention signal.
+
+    A generation batch is as many updates as it has rows for; one without rows is none, and the next is sampled at
+    once. Checkpoints and evaluations wait for the end of the generation batch in which they are due.
 
     Evaluation is plain GRPO generation.
 
@@ -64,7 +74,8 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
 
     Attributes:
         pipeline: what outlives a training step.
-        last_prompts: all prompts of the latest training batch, for reports.
+        keeps_prompts: set it to have `last_prompts`.
+        last_prompts: all prompts of the latest training batch, for reports; empty unless `keeps_prompts` is set.
         last_credit: what the credit method answered for it.
 
     Raises:
@@ -92,6 +103,14 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
                 "train_dataset is an IterableDataset; AttnRL draws prompts by index, as many as each step needs. "
                 "Pass a Dataset."
             )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        for function in functions:
+            if getattr(function, "needs_groups", False):
+                raise ValueError(
+                    f"reward_funcs has {function.__name__}, which compares the completions of whole groups; trees "
+                    "have none: what is scored together is continuations of one batch and rollouts of the next. Give "
+                    "a reward of each completion alone, and credit=AttnPOCredit(...) to penalise length."
+                )
         if credit is not None:
             credit.check_trees()
         super().__init__(model, reward_funcs, args, *more, **kwargs)
@@ -103,36 +122,63 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
             self._tokenizer, self.args.end_of_thinking, self.args.step_mode
         )
         self.pipeline = Pipeline(self.args, len(self.train_dataset))
+        self.keeps_prompts = False
         self.last_prompts: list[PromptRollouts] = []
         self.last_credit = BatchCredit()
         self._ahead: list[PromptRollouts] | None = None  # this rank's part of the batch that was sampled ahead
-        self._loss_logps: Tensor | None = None
+        self._seconds: dict[str, float] = defaultdict(float)  # of the current generation batch
+        self._latest_rewards: dict[str, float] = {}
 
-    # ---- the training step ------------------------------------------------------------------------------------------
+    # ---- the generation batch ---------------------------------------------------------------------------------------
 
-    def _prepare_inputs(self, generation_batch):
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = self._next_training_batch()
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    def _next_training_batch(self) -> list[dict[str, Tensor]]:
-        """Sample, score and arrange one generation batch; one micro-batch per entry."""
+    def _next_training_batch(self) -> list[list[dict[str, Tensor]]]:
+        """Updates of the next generation batch: none where it has no row, or where the run's prompts are used."""
         pipeline = self.pipeline
         if self._ahead is None:
             self._ahead = self._sample([], pipeline.first_batch())
-        prompts, num_drawn = self._ahead, pipeline.in_flight[1]
-        plan = self._choose_branches(prompts)
-        ends = self.state.global_step + self.args.updates_per_batch >= self.state.max_steps
-        if self.args.off_policy and not ends:
-            self._ahead = self._sample(plan, pipeline.draw_batch())
+        if pipeline.in_flight is None:
+            return []
+        updates = self._train_batch()
+        if updates:
+            pipeline.batches_trained += 1
         else:
-            pipeline.in_flight = self._ahead = None
-            self._sample(plan, [])
-        micro_batches = self._training_micro_batches(self._gather_prompts(prompts), num_drawn)
-        pipeline.batches_trained += 1
-        return micro_batches
+            pipeline.empty_batches += 1
+        return updates * self.num_iterations
+
+    def _train_batch(self) -> list[list[dict[str, Tensor]]]:
+        """Updates of the batch in flight, once its continuations and the next batch's initial rollouts are sampled."""
+        pipeline = self.pipeline
+        prompts, num_drawn = self._ahead, pipeline.in_flight[1]
+        pipeline.land()
+        plan = self._choose_branches(prompts)
+        draws = []
+        if self.args.off_policy and not self._may_end(prompts, plan):
+            draws = pipeline.draw_batch()
+        else:
+            pipeline.in_flight = None
+        ahead = self._sample(plan, draws)
+        self._ahead = ahead if draws else None
+        updates = self._training_micro_batches(self._gather_prompts(prompts), num_drawn)
+        self.log_values({f"seconds/{name}": value for name, value in self._seconds.items()}, self.metric_prefix)
+        self._seconds.clear()
+        return updates
+
+    def _may_end(self, prompts: Sequence[PromptRollouts], plan: Sequence) -> bool:
+        """Whether the run may end with this batch, which then samples nothing ahead."""
+        leaves = sum(len(points.offsets) for _, of_prompt in plan for points in of_prompt.values())
+        leaves = self.args.rollouts_per_branch * leaves + sum(len(prompt.rollouts) for prompt in prompts)
+        most = min(
+            int(self.ranks.sum(torch.tensor(leaves, device=self.ranks.device))), self.args.generation_batch_size
+        )
+        updates = -(-most // self.args.rows_per_update) * self.num_iterations
+        return self.state.global_step + updates >= self.state.max_steps
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the context to those of its name in this generation batch."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
 
     # ---- exploration ------------------------------------------------------------------------------------------------
 
@@ -182,6 +228,8 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
             correct = prompt.correct(self.args.success_threshold)
             local.append((prompt.draw.serial, sum(correct) / len(correct), prompt.mean_influence()))
         everywhere = sorted(self.ranks.gather_list(local))
+        if not everywhere:
+            return
         _, accuracies, influences = zip(*everywhere, strict=True)
         kept = filter_easy_prompts(accuracies, influences, self.pipeline.easy_influence)
         filtered = {serial for (serial, _, _), keep in zip(everywhere, kept, strict=True) if not keep}
@@ -191,11 +239,13 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
     # ---- from trees to micro-batches --------------------------------------------------------------------------------
 
     def _gather_prompts(self, prompts: Sequence[PromptRollouts]) -> list[PromptRollouts]:
-        """The prompts of all ranks, in the order of their draws."""
-        everywhere = self.ranks.gather_list([replace(prompt, example={}) for prompt in prompts])
-        return sorted(everywhere, key=lambda prompt: prompt.draw.serial)
+        """Prompts of all ranks, in the order of their draws; of their examples what the completions table shows."""
+        columns = ("prompt",) if self.log_completions else ()
+        local = [replace(prompt, example={name: prompt.example[name] for name in columns}) for prompt in prompts]
+        return sorted(self.ranks.gather_list(local), key=lambda prompt: prompt.draw.serial)
 
-    def _training_micro_batches(self, prompts: list[PromptRollouts], num_drawn: int) -> list[dict[str, Tensor]]:
+    def _training_micro_batches(self, prompts: list[PromptRollouts], num_drawn: int) -> list[list[dict[str, Tensor]]]:
+        """This rank's micro-batches of each update."""
         args, pipeline = self.args, self.pipeline
         include_unexpanded = args.train_unexpanded or args.num_branch_points == 0
         values_of = self._leaf_values(prompts)
@@ -203,31 +253,37 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
         pipeline.controller.update(num_drawn, sum(map(len, rows_of)))
         trained = fit_capacity([len(rows) for rows in rows_of], args.generation_batch_size)
         rows = [row for index in trained for row in rows_of[index]]
-        self.last_prompts = prompts
-        counts = torch.tensor(list(pipeline.counters.values()), device=self.ranks.device)
-        pipeline.totals = dict(zip(pipeline.counters, self.ranks.sum(counts).tolist(), strict=True))
-        self._log_batch(prompts, rows_of, trained, num_drawn)
-        arranged = arrange_rows(
+        if self.keeps_prompts:
+            self.last_prompts = prompts
+        if self.log_completions:
+            self._log_completions(prompts, values_of)
+        updates = arrange_updates(
             rows,
-            args.steps_per_generation,
-            self.ranks.count,
-            args.per_device_train_batch_size,
+            rows_per_update=args.rows_per_update,
+            num_ranks=self.ranks.count,
+            rows_per_rank=args.per_device_train_batch_size,
+            max_tokens=args.max_tokens_per_micro_batch,
             seed=f"{args.seed}/{pipeline.batches_trained}/arrange",
         )
-        counted = [row for row in rows if not self._is_masked(row)]
-        num_tokens = torch.tensor(sum(len(row.completion_ids) for row in counted), device=self.ranks.device)
+        self._log_batch(prompts, rows_of, trained, num_drawn, updates)
         with self.timed("old_logps"):
-            parts = [self._complete_micro_batch(micro_batch, num_tokens) for micro_batch in arranged]
-        if self.credit is not None:
-            self._assign_credit(parts, [row_facts(micro_batch[self.ranks.index]) for micro_batch in arranged])
-        return [batch for batch, _ in parts]
+            parts = [self._complete_micro_batch(micro_batch) for update in updates for micro_batch in update]
+        if self.credit is not None and parts:
+            own = [micro_batch[self.ranks.index] for update in updates for micro_batch in update]
+            self._assign_credit(parts, [row_facts(rows or [None]) for rows in own])
+        batches = iter([batch for batch, _ in parts])
+        return [self._weighted([next(batches) for _ in update], update) for update in updates]
 
-    def _log_batch(self, prompts, rows_of, trained, num_drawn: int) -> None:
-        capacity, threshold = self.args.generation_batch_size, self.args.success_threshold
-        values = metrics.batch_metrics(prompts, rows_of, trained, num_drawn, capacity, threshold)
-        self.log_values(values | metrics.pipeline_metrics(self.pipeline, prompts), self.metric_prefix)
+    def _log_batch(self, prompts, rows_of, trained, num_drawn: int, updates: Sequence[Update]) -> None:
+        pipeline = self.pipeline
+        counts = torch.tensor(list(pipeline.counters.values()), device=self.ranks.device)
+        pipeline.set_totals(self.ranks.sum(counts).tolist())
+        self.state.num_input_tokens_seen = pipeline.totals["generated_tokens"] + pipeline.totals["context_tokens"]
+        values = metrics.batch_metrics(prompts, rows_of, trained, num_drawn, self.args.success_threshold)
+        values |= metrics.update_metrics(updates) | metrics.pipeline_metrics(pipeline, prompts)
+        self.log_values(values, self.metric_prefix)
         self.log_values(metrics.completion_metrics(prompts, self._ends))
-        self.log_values({"num_tokens": float(self.pipeline.totals["generated_tokens"])})
+        self.log_values({"num_tokens": float(self.state.num_input_tokens_seen)})
 
     @property
     def _ends(self) -> set[int]:
@@ -238,12 +294,10 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
         """Whether a row is cut off and such rows are masked."""
         return self.mask_truncated_completions and row is not None and row.completion_ids[-1] not in self._ends
 
-    def _complete_micro_batch(
-        self, micro_batch: list[list[TrainingRow | None]], num_tokens: Tensor
-    ) -> tuple[dict[str, Tensor], SignalPass]:
+    def _complete_micro_batch(self, micro_batch: MicroBatch) -> tuple[dict[str, Tensor], SignalPass]:
         """This rank's tensors of a micro-batch, with the log-probs that only a forward can give, and what a credit
-        method saw in it."""
-        rows = micro_batch[self.ranks.index]
+        method saw in it. A rank without rows forwards one token."""
+        rows = micro_batch[self.ranks.index] or [None]
         batch = self._to_device(collate(rows, self._tokenizer.pad_token_id))
         for i, row in enumerate(rows):
             if self._is_masked(row):
@@ -251,19 +305,37 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
         whole = CompletionBatch.of(batch)
         observer = timed(self.credit.observer(whole)) if self.credit is not None else None
         wants_entropies = self.credit is not None and self.credit.needs_entropies
-        every_row = [row for part in micro_batch for row in part if row is not None]
+        every_row = [row for part in micro_batch for row in part]
         is_fresh = any(row.fresh_from < len(row.completion_ids) for row in every_row)
         entropies = None
         if is_fresh or observer is not None or wants_entropies:
-            logps, entropies = self.forward_completions(whole, observer=observer, compute_entropy=wants_entropies)
+            logps, entropies = self.forward_completions(
+                whole, observer=observer, compute_entropy=wants_entropies, batch_size=len(rows)
+            )
             old_logps = batch["old_per_token_logps"]
             batch["old_per_token_logps"] = torch.where(batch["fresh_mask"], logps.float(), old_logps)
         if self.beta != 0.0:
             batch["ref_per_token_logps"] = self._reference_logps(whole)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             self._correct_for_sampler(batch)
-        batch["num_items_in_batch"] = num_tokens
+        if not self.use_vllm:
+            del batch["sampling_per_token_logps"]  # there are none: off-policy masking takes the trainer's own
         return batch, signal_pass(whole, observer, entropies)
+
+    def _weighted(self, batches: list[dict[str, Tensor]], update: Update) -> list[dict]:
+        """Give this rank's micro-batches of an update their weights in its loss, and as many rows as on each rank."""
+        weights = part_weights(
+            update,
+            self.ranks.index,
+            self.loss_type,
+            self.args.steps_per_generation,
+            lambda row: 0 if self._is_masked(row) else len(row.completion_ids),
+        )
+        weighted = []
+        for batch, weight in zip(batches, weights, strict=True):
+            num_items = torch.tensor(weight.num_items, device=self.ranks.device)
+            weighted.append(pad_rows(batch, weight.num_rows) | {"num_items_in_batch": num_items, "weight": weight})
+        return weighted
 
     def _correct_for_sampler(self, batch: dict[str, Tensor]) -> None:
         """Set the ratio that corrects the sampler-to-trainer mismatch, and log that."""
@@ -303,7 +375,9 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
             ranks=self.ranks,
             step=self.state.global_step,
             max_steps=self.state.max_steps,
-            observe=lambda batch, observer: self.forward_completions(batch, observer=observer),
+            observe=lambda batch, observer: self.forward_completions(
+                batch, observer=observer, batch_size=len(batch.input_ids)
+            ),
             folder=Path(self.args.output_dir),
         )
         passes = [signal for _, signal in parts]
@@ -316,22 +390,16 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
         self.last_credit = credit
         self.credit.report(credit, context)
 
-    # ---- loss -------------------------------------------------------------------------------------------------------
+    # ---- logs, card and checkpoints ---------------------------------------------------------------------------------
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if torch.is_grad_enabled():
-            self._loss_logps = logps.detach()
-        return logps, entropies, aux_loss
-
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        if "fresh_mask" in inputs and self.model.training:
-            self.log_means(metrics.ratio_totals(inputs, self._loss_logps), self.metric_prefix)
-        self._loss_logps = None
-        return loss
-
-    # ---- card and checkpoints ---------------------------------------------------------------------------------------
+    def log(self, logs, start_time=None):
+        """Every entry of the training log has the rewards of its latest generation batch."""
+        if self.model.training:
+            logged = self._metrics["train"]
+            for name, value in self._latest_rewards.items():
+                logged.setdefault(name, [value])
+            self._latest_rewards = {name: values[-1] for name, values in logged.items() if name.startswith("reward")}
+        super().log(logs, start_time)
 
     def card_settings(self) -> dict[str, object]:
         settings = super().card_settings()
@@ -351,5 +419,6 @@ class AttnRLTrainer(CollectionMixin, PackingMixin, BaseTrainer):
     def load_method_state(self, state: dict) -> None:
         self.pipeline.load_state_dict(state, self.ranks.is_first)
         self._ahead = None
+        self._updates.clear()
         if self.credit is not None and "credit" in state:
             self.credit.load_state_dict(state["credit"])

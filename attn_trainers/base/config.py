@@ -37,6 +37,10 @@ class MethodConfig(GRPOConfig):
             raise ValueError(
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
             )
+        self.check_saves()
+
+    def check_saves(self) -> None:
+        """Refuse saves inside a generation batch, for methods whose batches are a fixed number of updates."""
         check_save_interval(self)
 
     def check_per_token_advantages(self, otherwise: str = "") -> None:
@@ -49,6 +53,11 @@ class MethodConfig(GRPOConfig):
             raise ValueError(
                 f"loss_type={self.loss_type!r} does not take advantages per token; set it to one of "
                 f"{', '.join(PER_TOKEN_LOSSES)} ('dapo' is the token mean, 'grpo' the mean per response){otherwise}."
+            )
+        if self.loss_type == "cispo" and not (self.epsilon_high is not None and self.epsilon_high > 1.0):
+            raise ValueError(
+                f"epsilon_high={self.epsilon_high} is the bound of the ratio itself with loss_type='cispo', and would "
+                "hold it below 1; set it above 1 (published: 5.0)."
             )
         if self.importance_sampling_level != "token":
             raise ValueError(

@@ -76,6 +76,7 @@ class ForwardMixin:
         observer: AttentionObserver | None = None,
         compute_entropy: bool = False,
         model: nn.Module | None = None,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One no-grad forward over a batch, in micro-batches, by TRL's own path and so under the run's autocast.
 
@@ -84,6 +85,7 @@ class ForwardMixin:
             observer: sees the attention of the model that is trained.
             compute_entropy: whether entropies are wanted.
             model: another model than the one that is trained.
+            batch_size: rows of a micro-batch, `per_device_train_batch_size` by default.
 
         Returns:
             Log-probs (B, T) of the completion tokens, and their entropies (B, T) or `None`.
@@ -95,7 +97,7 @@ class ForwardMixin:
                 batch.input_ids,
                 batch.attention_mask,
                 batch.completion_width,
-                batch_size=self.args.per_device_train_batch_size,
+                batch_size=batch_size or self.args.per_device_train_batch_size,
                 compute_entropy=compute_entropy,
             )
         return logps, entropies

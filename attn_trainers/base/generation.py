@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import is_peft_model
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
@@ -69,7 +70,7 @@ def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[Generation
         "top_k": vllm_generation.top_k,
         "min_p": vllm_generation.min_p or 0.0,
         "logprobs": vllm_generation.logprobs,
-        "detokenize": False,
+        "detokenize": bool(vllm_generation.generation_kwargs.get("stop")),  # stop strings are looked for in text
     } | vllm_generation.generation_kwargs
     first, all_requests = 0, list(requests)
     if vllm_generation.tensor_parallel_size > 1:
@@ -78,6 +79,10 @@ def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[Generation
         rank = torch.distributed.get_rank(group=vllm_generation.tp_group)
         first = sum(map(len, gathered[:rank]))
         all_requests = [request for part in gathered for request in part]
+        if is_peft_model(vllm_generation.model):
+            # As TRL does: what NCCL still cleans up after the small reduction of an adapter's gradients can race with
+            # the engine's own collectives.
+            torch.distributed.barrier(device_ids=[vllm_generation.accelerator.local_process_index])
     if not all_requests:
         return []
     on_cpu = vllm_generation.accelerator.device.type == "cpu"

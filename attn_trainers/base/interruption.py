@@ -131,7 +131,7 @@ class SafeExitCallback(TrainerCallback):
             self._previous_handler = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % steps_between_generations(args) != 0 or state.global_step >= state.max_steps:
+        if not self.trainer.is_between_generations() or state.global_step >= state.max_steps:
             return
         accelerator = self.trainer.accelerator
         requests = accelerator.reduce(torch.tensor([float(self.requested)], device=accelerator.device))
@@ -157,6 +157,10 @@ class SafeExitMixin:
         self._checkpoint_to_push: str | None = None
         self._safe_exit = SafeExitCallback(self)
         self.add_callback(self._safe_exit)
+
+    def is_between_generations(self) -> bool:
+        """Whether the last update of a generation batch was made, so that a checkpoint repeats no prompt on resume."""
+        return self.state.global_step % steps_between_generations(self.args) == 0
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step >= self.state.max_steps:

@@ -40,6 +40,15 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
         for name in self.unsupported:
             if kwargs.get(name):
                 raise ValueError(f"{name} is set, but {type(self).__name__} takes single-turn completions; unset it.")
+        datasets = {"train_dataset": more[0] if more else kwargs.get("train_dataset")}
+        datasets["eval_dataset"] = more[1] if len(more) > 1 else kwargs.get("eval_dataset")
+        for name, dataset in datasets.items():
+            images = {"image", "images"} & set(getattr(dataset, "column_names", None) or ())
+            if images:
+                raise ValueError(
+                    f"{name} has the column {images.pop()!r}, but {type(self).__name__} reads the attention of text "
+                    "alone; remove the column."
+                )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self._refuse_images()
         self.ranks = Ranks(self.accelerator)

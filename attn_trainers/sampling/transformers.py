@@ -45,7 +45,8 @@ class TokenBudget(StoppingCriteria):
         self.limits = limits  # (B,)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return (input_ids.shape[1] - self.prompt_width) >= self.limits.to(input_ids.device)
+        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))  # beams of a row follow each other
+        return (input_ids.shape[1] - self.prompt_width) >= limits.to(input_ids.device)
 
 
 class SeededSampling(LogitsProcessor):

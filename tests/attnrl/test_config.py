@@ -41,6 +41,29 @@ def test_published_defaults(tmp_path):
 def test_updates_per_batch(tmp_path):
     assert make(tmp_path, gradient_accumulation_steps=5).updates_per_batch == 2
     assert make(tmp_path, gradient_accumulation_steps=5, num_iterations=2).updates_per_batch == 4
+    assert make(tmp_path, gradient_accumulation_steps=3).updates_per_batch == 4  # 18, 18, 18 and 6 rows at most
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "leaf_settings", "expected"),
+    [(8, 1, {}, 15), (8, 4, {}, 15), (8, 16, {}, 30), (30, 1, {}, 1), (7, 2, {"num_branch_points": 0}, 6)],
+)
+def test_the_default_generation_batch_holds_whole_prompts(tmp_path, rows, accumulation, leaf_settings, expected):
+    args = make(
+        tmp_path,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=None,
+        **leaf_settings,
+    )
+    assert args.steps_per_generation == expected
+    assert args.generation_batch_size == rows * expected
+    assert args.generation_batch_size % args.num_generations == 0
+
+
+def test_saves_need_not_fall_on_a_generation_boundary(tmp_path):
+    assert make(tmp_path, save_strategy="steps", save_steps=7).save_steps == 7
+    assert make(tmp_path, save_strategy="steps", save_steps=0.1).save_steps == 0.1
 
 
 @pytest.mark.parametrize(
@@ -60,9 +83,7 @@ def test_updates_per_batch(tmp_path):
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' does not go with"),
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' takes no length limit per request"),
         ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True takes no length"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 does not divide"),
-        ({"gradient_accumulation_steps": 20}, "gradient_accumulation_steps=20 does not divide"),
-        ({"save_strategy": "steps", "save_steps": 7}, "save_steps=7 is off the generation boundary"),
+        ({"gradient_accumulation_steps": 20}, "gradient_accumulation_steps=20 exceeds steps_per_generation=10"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_field_value_and_fix(tmp_path, settings, message):

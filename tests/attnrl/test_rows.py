@@ -3,17 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from attn_trainers.attnrl.pipeline import Draw
 from attn_trainers.attnrl.rollouts import PromptRollouts
 from attn_trainers.attnrl.rows import (
-    TrainingRow,
-    arrange_rows,
     collate,
     fit_capacity,
     importance_sampling_ratio,
+    pad_rows,
     prompt_rows,
     training_rows,
 )
@@ -38,13 +35,9 @@ def example_prompt():
     return PromptRollouts(Draw(0, 0), {}, [101, 102], [first, second])
 
 
-def row(length, name=0):
-    return TrainingRow([name], list(range(length)), *(np.zeros(length, dtype=np.float32),) * 3, fresh_from=length)
-
-
 def test_rows_of_the_golden_example():
     rows = training_rows(example_prompt(), train_unexpanded=False)
-    assert [r.completion_ids for r in rows] == [
+    assert [r.completion_ids.tolist() for r in rows] == [
         list(range(10)),
         [0, 1, 2, 21, 22],
         [0, 1, 2, 23],
@@ -62,6 +55,8 @@ def test_rows_of_the_golden_example():
     for r, advantages in zip(rows, expected, strict=True):
         np.testing.assert_allclose(r.advantages, advantages, rtol=1e-6)
     assert [r.fresh_from for r in rows] == [10, 3, 3, 6, 6]
+    assert {r.tree for r in rows} == {"0/0"}
+    assert {(r.completion_ids.dtype, r.old_logps.dtype) for r in rows} == {(np.dtype("int32"), np.dtype("float32"))}
 
 
 def test_a_rows_prefix_keeps_the_stored_log_probs_to_the_bit():
@@ -101,36 +96,6 @@ def test_capacity_is_filled_by_whole_prompts(counts, capacity, kept):
     assert fit_capacity(counts, capacity) == kept
 
 
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=40),
-    num_micro_batches=st.integers(1, 6),
-    num_ranks=st.sampled_from([1, 2, 4]),
-)
-def test_arrangement_holds_every_row_once_and_does_not_depend_on_the_ranks(lengths, num_micro_batches, num_ranks):
-    rows = [row(length, name) for name, length in enumerate(lengths)]
-    total = 4 * -(-max(1, len(rows)) // (4 * num_micro_batches))  # rows per micro-batch over all ranks
-    arranged = arrange_rows(rows, num_micro_batches, num_ranks, total // num_ranks, seed="s")
-    single = arrange_rows(rows, num_micro_batches, 1, total, seed="s")
-    assert [len(part) for micro_batch in arranged for part in micro_batch] == [total // num_ranks] * (
-        num_micro_batches * num_ranks
-    )
-
-    def names(micro_batch):
-        return sorted(r.prompt_ids[0] for part in micro_batch for r in part if r is not None)
-
-    assert [names(m) for m in arranged] == [names(m) for m in single]
-    assert sorted(name for m in arranged for name in names(m)) == list(range(len(rows)))
-
-
-def test_rows_of_like_length_share_a_micro_batch_and_padding_is_spread():
-    rows = [row(length) for length in (9, 1, 8, 2, 7, 3)]
-    arranged = arrange_rows(rows, 3, 2, 2, seed="s")
-    lengths = sorted(sorted(len(r.completion_ids) for part in m for r in part if r is not None) for m in arranged)
-    assert lengths == [[1, 2], [3, 7], [8, 9]]
-    with pytest.raises(ValueError, match="6 rows exceed the capacity of 1 micro-batches of 4 rows"):
-        arrange_rows(rows, 1, 2, 2, seed="s")
-
-
 def test_collate_pads_prompts_left_and_completions_right_and_masks_missing_rows():
     rows = training_rows(example_prompt(), train_unexpanded=False)[1:3]
     batch = collate([*rows, None], pad_token_id=0)
@@ -146,6 +111,16 @@ def test_a_micro_batch_of_missing_rows_only():
     batch = collate([None, None], pad_token_id=3)
     assert batch["completion_mask"].sum() == 0
     assert batch["prompt_mask"].tolist() == [[1], [1]]
+
+
+def test_missing_rows_are_zeros_and_what_is_not_per_row_stays():
+    batch = collate(training_rows(example_prompt(), train_unexpanded=False)[1:3], pad_token_id=0)
+    padded = pad_rows(batch | {"total": torch.tensor(7)}, 4)
+    assert {name: tensor.size(0) for name, tensor in padded.items() if name != "total"} == dict.fromkeys(batch, 4)
+    assert padded["total"] == 7
+    for name, tensor in batch.items():
+        assert torch.equal(padded[name][:2], tensor)
+        assert not padded[name][2:].any()
 
 
 @pytest.mark.parametrize(

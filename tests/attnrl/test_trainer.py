@@ -1,6 +1,8 @@
 """The trainer on a small random model, with transformers generation; vLLM runs in test_vllm.py."""
 
-import json
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,88 +10,30 @@ from peft import LoraConfig
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attention import forward_context_influence
+from attn_trainers.attnpo.rewards import get_length_penalised_accuracy_reward
 from attn_trainers.attnrl.rollouts import branches_of
 from attn_trainers.attnrl.steps import segment_steps
 from attn_trainers.attnrl.trees import tree_paths
-from tests.helpers import logged
-
-
-def odd_sum(completions, completion_ids, **kwargs):
-    """Right and wrong completions in about equal shares, whatever the model writes."""
-    return [float(sum(ids) % 2) for ids in completion_ids]
-
-
-def always_wrong(completions, **kwargs):
-    return [0.0] * len(completions)
-
-
-class RecordingTrainer(AttnRLTrainer):
-    """Keeps what passed through the pipeline."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.batches = []
-        self.losses = []
-
-    def _training_micro_batches(self, prompts, num_drawn):
-        self.batches.append(prompts)
-        return super()._training_micro_batches(prompts, num_drawn)
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.latest_logps = output[0].detach()
-        return output
-
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        self.losses.append((inputs, self.latest_logps, loss.item()))
-        return loss
-
-
-@pytest.fixture
-def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
-    def make(reward=odd_sum, trainer_class=RecordingTrainer, peft_config=None, eval_dataset=None, **kwargs):
-        settings = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 10,
-            "steps_per_generation": 6,
-            "gradient_accumulation_steps": 3,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "max_completion_length": 12,
-            "min_branch_spacing": 0,
-            "influence_delta": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-        }
-        return trainer_class(
-            str(tiny_model_dir),
-            reward,
-            AttnRLConfig(**(settings | kwargs)),
-            train_dataset=arithmetic_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tiny_tokenizer,
-            peft_config=peft_config,
-        )
-
-    return make
+from tests.helpers import logged, odd_sum
 
 
 def test_each_token_comes_from_the_policy_of_the_published_pipeline(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(max_steps=8)
     trainer.train()
-    assert len(trainer.batches) == 3
-    for m, prompts in enumerate(trainer.batches, start=1):
-        assert {r.policy for p in prompts for r in p.rollouts} == {max(0, m - 2)}
+    updates = [int(n) for n in logged(trainer, "attnrl/updates")]
+    assert len(trainer.batches) == len(updates) >= 4
+    steps_before = steps = 0
+    for m, (prompts, count) in enumerate(zip(trainer.batches, updates, strict=True), start=1):
+        # A batch that may have been the last, with two updates, sampled nothing ahead: then the next starts anew.
+        was_ahead = m > 1 and steps_before + 2 < 8
+        assert {r.policy for p in prompts for r in p.rollouts} == {m - 2 if was_ahead else m - 1}
         assert {c.policy for p in prompts for c in p.continuations} == {m - 1}
+        steps_before, steps = steps, steps + count
+    assert steps_before < 8 <= steps
     assert [p.draw.serial for prompts in trainer.batches for p in prompts] == list(
         range(trainer.pipeline.stream.next_serial)
     )
-    assert trainer.pipeline.in_flight is None  # the last step samples nothing ahead
+    assert trainer.pipeline.in_flight is None  # the last batch samples nothing ahead
 
 
 def test_the_synchronous_variant_samples_both_with_the_current_policy(make_trainer):
@@ -110,7 +54,7 @@ def test_old_log_probs_are_stored_for_initial_tokens_and_fresh_for_continuations
             rollout = prompt.rollouts[path.tree]
             kept = len(rollout.tokens) if path.leaf == 0 else branches_of(rollout)[path.leaf - 1].offset
             stored[tuple(prompt.prompt_ids), tuple(path.tokens)] = torch.from_numpy(rollout.old_logps[:kept])
-    first_update = trainer.losses[:3]  # the policy has not moved since the continuations were sampled
+    first_update = by_update(trainer)[0]  # the policy has not moved since the continuations were sampled
     fresh_tokens = 0
     for inputs, logps, _ in first_update:
         for i in range(len(logps)):
@@ -128,20 +72,31 @@ def test_old_log_probs_are_stored_for_initial_tokens_and_fresh_for_continuations
     assert fresh_tokens > 0
 
 
-def test_the_loss_is_the_dual_clipped_token_mean(make_trainer):
+def by_update(trainer):
+    """Recorded losses of each update; micro-batches of one come one after the other."""
+    updates = []
+    for entry in trainer.losses:
+        if not updates or entry[0]["update"] != updates[-1][0][0]["update"]:
+            updates.append([])
+        updates[-1].append(entry)
+    return updates
+
+
+def test_the_loss_is_the_dual_clipped_mean_over_the_tokens_of_the_update(make_trainer):
     trainer = make_trainer(beta=0.0, learning_rate=0.05, max_steps=2)
     trainer.train()
-    num_tokens = sum(int(inputs["completion_mask"].sum()) for inputs, _, _ in trainer.losses)
     clipped = 0
-    for inputs, logps, loss in trainer.losses:
-        assert int(inputs["num_items_in_batch"]) == num_tokens
-        mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
-        ratio = (logps - inputs["old_per_token_logps"]).exp()
-        surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, 3.0 * advantages), surrogate)
-        clipped += int(((ratio - 1).abs() > 0.28)[mask].sum())
-        # Two updates share the generation batch's tokens, half of them each.
-        assert loss == pytest.approx(-surrogate[mask].sum().item() / (num_tokens / 2), rel=1e-5, abs=1e-8)
+    updates = by_update(trainer)
+    assert len(updates) == 2
+    for update in updates:
+        num_tokens = sum(int(inputs["completion_mask"].sum()) for inputs, _, _ in update)
+        for inputs, logps, loss in update:
+            mask, advantages = inputs["completion_mask"].bool(), inputs["advantages"]
+            ratio = (logps - inputs["old_per_token_logps"]).exp()
+            surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+            surrogate = torch.where(advantages < 0, torch.maximum(surrogate, 3.0 * advantages), surrogate)
+            clipped += int(((ratio - 1).abs() > 0.28)[mask].sum())
+            assert loss == pytest.approx(-surrogate[mask].sum().item() / num_tokens, rel=1e-5, abs=1e-8)
     assert clipped > 0
 
 
@@ -151,7 +106,7 @@ def test_influence_and_old_log_probs_of_the_shared_forward_equal_those_of_separa
     prompts = trainer._sample([], trainer.pipeline.first_batch())
     for prompt in prompts:
         for rollout in prompt.rollouts:
-            ids = torch.tensor([prompt.prompt_ids + rollout.tokens])
+            ids = torch.tensor([prompt.prompt_ids + rollout.tokens.tolist()])
             segmentation = segment_steps(len(prompt.prompt_ids), rollout.tokens, trainer.delimiters)
             (influence,) = forward_context_influence(
                 model, ids, torch.ones_like(ids), [segmentation.ranges], [segmentation.stop_step], delta=1
@@ -172,7 +127,9 @@ def test_every_criterion_trains_with_the_whole_leaf_budget(make_trainer, branchi
     (prompts,) = trainer.batches
     assert {len(branches_of(r)) for p in prompts for r in p.rollouts if len(r.step_ranges) > 1} == {4}
     assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    assert logged(trainer, "attnrl/rows_trained")[0] + logged(trainer, "attnrl/rows_padded")[0] == 60
+    rows = int(logged(trainer, "attnrl/rows_trained")[0])
+    assert 30 < rows <= 60
+    assert logged(trainer, "attnrl/updates") == [2.0]
 
 
 def test_without_branch_points_every_rollout_is_a_row_with_an_outcome_advantage(make_trainer):
@@ -193,35 +150,61 @@ def test_without_branch_points_every_rollout_is_a_row_with_an_outcome_advantage(
                 assert inputs["advantages"][i][:length].tolist() == pytest.approx([advantages[key]] * length)
 
 
-def test_a_batch_without_signal_leaves_the_model_and_goes_on(make_trainer):
-    trainer = make_trainer(reward=always_wrong, beta=0.0, weight_decay=0.0)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    assert logged(trainer, "attnrl/rows_trained") == [0.0] * 3
-    assert logged(trainer, "attnrl/rows_padded") == [60.0] * 3
-    assert logged(trainer, "attnrl/solve_none_ratio") == [1.0] * 3
-    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    assert trainer.pipeline.controller.size > 2  # more prompts are drawn in search of signal
-
-
 def test_completions_of_one_token_have_no_branches(make_trainer):
     trainer = make_trainer(max_completion_length=1, max_steps=2)
-    trainer.train()
-    (prompts,) = trainer.batches
-    assert all(len(r.tokens) == 1 and not branches_of(r) for p in prompts for r in p.rollouts)
-    assert logged(trainer, "attnrl/rows_trained") == [0.0]
+    with pytest.raises(ValueError, match="rollouts of one step cannot be branched"):
+        trainer.train()
+    assert all(len(r.tokens) == 1 and not branches_of(r) for p in trainer.batches[0] for r in p.rollouts)
 
 
-def test_unscorable_completions_count_and_get_no_reward(make_trainer):
+def test_unscorable_completions_are_out_of_values_rows_and_accuracy_and_counted(make_trainer):
     def sometimes_none(completions, completion_ids, **kwargs):
         return [None if sum(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
 
-    trainer = make_trainer(reward=sometimes_none, max_steps=2)
+    trainer = make_trainer(reward=sometimes_none, max_steps=2, logging_steps=2)
     trainer.train()
-    (prompts,) = trainer.batches
-    samples = [r for p in prompts for r in p.rollouts] + [c for p in prompts for c in p.continuations]
-    assert all(sample.reward in (0.0, 1.0) for sample in samples)
-    assert logged(trainer, "attnrl/unscorable")[0] > 0
+    samples = [leaf for prompts in trainer.batches for p in prompts for leaf in p.leaves]
+    assert {sample.reward for sample in samples} == {0.0, 1.0}
+    counters = trainer.pipeline.counters
+    # Each initial rollout was sampled six times a prompt, each continuation four times an expanded rollout.
+    assert counters["unscorable"] > 0
+    assert counters["samples"] == len(samples) + counters["unscorable"]
+    whole = [p for prompts in trainer.batches for p in prompts]
+    assert any(len(p.rollouts) < 6 for p in whole)
+    for prompt in whole:
+        for path in tree_paths(prompt.trees()):
+            rollout = prompt.rollouts[path.tree]
+            assert sum(rollout.tokens[: len(path.tokens)]) >= 0  # rows hold scored leaves only
+
+
+def test_where_all_that_can_be_scored_is_right_there_is_nothing_to_learn(make_trainer):
+    trainer = make_trainer(
+        reward=lambda completions, completion_ids, **kwargs: [1.0 if sum(ids) % 2 else None for ids in completion_ids],
+        filter_easy_prompts=False,
+    )
+    with pytest.raises(ValueError, match="gave no row to train on"):
+        trainer.train()
+    assert trainer.pipeline.counters["unscorable"] > 0
+
+
+def test_a_prompt_that_no_reward_function_can_score_is_dropped_before_branching(make_trainer):
+    def is_unscorable(text):
+        return sum(map(ord, text)) % 2 == 0
+
+    def none_for_some_prompts(completions, completion_ids, prompts, **kwargs):
+        odd = odd_sum(completions, completion_ids)
+        return [None if is_unscorable(p[-1]["content"]) else value for p, value in zip(prompts, odd, strict=True)]
+
+    trainer = make_trainer(reward=none_for_some_prompts, max_steps=6)
+    trainer.train()
+    kept = [p for prompts in trainer.batches for p in prompts]
+    drawn = {draw.serial: draw for draw in trainer.pipeline.stream.draws(0, trainer.pipeline.stream.next_serial)}
+    content = {s: trainer.train_dataset[d.index]["prompt"][-1]["content"] for s, d in drawn.items()}
+    unscorable = {serial for serial, text in content.items() if is_unscorable(text)}
+    assert unscorable and {p.draw.serial for p in kept} == drawn.keys() - unscorable
+    counters = trainer.pipeline.counters
+    assert counters["unscorable_prompts"] == len(unscorable)
+    assert counters["unscorable"] == 6 * len(unscorable)  # none of them was branched
 
 
 def test_metrics_of_reward_functions_arrive(make_trainer):
@@ -235,7 +218,14 @@ def test_metrics_of_reward_functions_arrive(make_trainer):
     (prompts,) = trainer.batches
     num_branches = sum(len(p.continuations) for p in prompts)
     # Two calls: the initial rollouts alone, then the continuations alone, as no batch follows.
-    assert logged(trainer, "tokens") == [(6 * len(prompts) + num_branches) / 2]
+    assert logged(trainer, "tokens")[0] == (6 * len(prompts) + num_branches) / 2
+    leaves = [(path, leaf) for p in prompts for path, leaf in zip(tree_paths(p.trees()), p.leaves, strict=True)]
+    logs = trainer._logs
+    assert list(logs["advantages"]) == [path.advantages[-1] for path, _ in leaves]
+    assert list(logs["rewards"]["reward"]) == [leaf.reward for _, leaf in leaves]
+    assert list(logs["extra"]["length"]) == [len(path.tokens) for path, _ in leaves]
+    texts = trainer.processing_class.batch_decode([path.tokens for path, _ in leaves], skip_special_tokens=True)
+    assert [completion[0]["content"] for completion in logs["completion"]] == texts
 
 
 def test_truncated_completions_are_masked_on_demand(make_trainer):
@@ -244,15 +234,18 @@ def test_truncated_completions_are_masked_on_demand(make_trainer):
     )
     trainer.train()
     eos = trainer.processing_class.eos_token_id
-    masked = total = 0
-    for inputs, _, _ in trainer.losses:
-        for i, length in enumerate(inputs["completion_mask"].sum(1).tolist()):
-            masked += length == 0
-            total += length
-            assert length == 0 or inputs["completion_ids"][i][length - 1] == eos
-        num_items = int(inputs["num_items_in_batch"])
+    masked = 0
+    for update in by_update(trainer):
+        total = 0
+        for inputs, _, _ in update:
+            for i, length in enumerate(inputs["completion_mask"].sum(1).tolist()):
+                masked += length == 0
+                total += length
+                assert length == 0 or inputs["completion_ids"][i][length - 1] == eos
+        # TRL's normaliser of a micro-batch.
+        weight, num_items = inputs["weight"], inputs["num_items_in_batch"].item()
+        assert num_items * weight.steps / trainer.args.steps_per_generation == pytest.approx(total)
     assert masked > 0
-    assert total == num_items
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.01])
@@ -265,32 +258,14 @@ def test_lora_trains_the_adapter_only(make_trainer, beta):
     assert (len(logged(trainer, "kl")) > 0) == (beta > 0)
 
 
-def test_a_resumed_run_goes_on_with_the_prompts_in_flight_and_the_controllers(make_trainer, tmp_path):
-    trainer = make_trainer(save_strategy="steps", save_steps=4, max_steps=6)
-    trainer.train()
-    saved = json.loads((tmp_path / "out" / "checkpoint-4" / "attnrl_state.json").read_text())
-    assert saved["batches_trained"] == 2
-    first, count = saved["in_flight"]
-    assert [p.draw.serial for p in trainer.batches[2]] == list(range(first, first + count))
-
-    resumed = make_trainer(save_strategy="no", max_steps=6)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
-    (prompts,) = resumed.batches
-    assert [p.draw for p in prompts] == [p.draw for p in trainer.batches[2]]
-    assert resumed.pipeline.batches_trained == 3
-    assert resumed.pipeline.stream.next_serial == trainer.pipeline.stream.next_serial
-    assert {r.policy for p in prompts for r in p.rollouts} == {2}  # sampled again by the policy of the checkpoint
-    assert resumed.pipeline.easy_influence.count >= saved["easy_influence"]["count"]
-    assert logged(resumed, "attnrl/samples")[-1] > saved["counters"]["samples"]
-
-
 def test_evaluation_is_plain_generation(make_trainer, arithmetic_dataset):
     trainer = make_trainer(
-        eval_dataset=arithmetic_dataset, eval_strategy="steps", eval_steps=2, max_steps=2, per_device_eval_batch_size=8
+        eval_dataset=arithmetic_dataset, eval_strategy="steps", eval_steps=1, max_steps=4, per_device_eval_batch_size=8
     )
     trainer.train()
-    (reward,) = logged(trainer, "eval_reward")
-    assert 0.0 <= reward <= 1.0
+    rewards = logged(trainer, "eval_reward")
+    assert len(rewards) == len(logged(trainer, "attnrl/updates"))  # one after each generation batch
+    assert all(0.0 <= reward <= 1.0 for reward in rewards)
     assert not [name for entry in trainer.state.log_history for name in entry if name.startswith("eval_attnrl")]
 
 
@@ -309,3 +284,71 @@ def test_settings_of_the_trainer_that_cannot_work_are_refused(
             args,
             train_dataset=arithmetic_dataset.to_iterable_dataset(),
         )
+
+
+def test_every_entry_of_the_log_has_the_rewards_of_its_generation_batch(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    assert len(logged(trainer, "attnrl/updates")) < 3
+    assert len(logged(trainer, "reward")) == len(logged(trainer, "rewards/odd_sum/mean")) == 4  # the summary's too
+
+
+def test_seconds_are_of_a_generation_batch(make_trainer, monkeypatch):
+    clock = itertools.count()
+    trainer = make_trainer(off_policy=False, max_steps=1)
+    monkeypatch.setattr("attn_trainers.attnrl.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer.train()
+    # Two calls each take a second by this clock: for the initial rollouts, and for the continuations.
+    assert logged(trainer, "attnrl/seconds/generate") == [2.0]
+
+
+def test_beams_of_transformers_generation(make_trainer):
+    trainer = make_trainer(generation_kwargs={"num_beams": 2}, max_steps=1)
+    trainer.train()
+    assert all(1 <= len(leaf.tokens) <= 12 for p in trainer.batches[0] for leaf in p.leaves)
+
+
+def test_an_empty_completion_has_no_value_and_counts(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=1)
+    generate = trainer.generate_requests
+
+    def some_empty(requests):
+        return [replace(s, token_ids=[]) if i % 5 == 0 else s for i, s in enumerate(generate(requests))]
+
+    monkeypatch.setattr(trainer, "generate_requests", some_empty)
+    trainer.train()
+    counters = trainer.pipeline.counters
+    assert counters["empty"] > 0
+    leaves = [leaf for prompts in trainer.batches for p in prompts for leaf in p.leaves]
+    assert all(len(leaf.tokens) for leaf in leaves)
+    assert counters["samples"] == len(leaves) + counters["empty"]
+
+
+def test_old_log_probs_of_the_trainer_serve_off_policy_masking_where_the_sampler_gives_none(make_trainer):
+    trainer = make_trainer(off_policy_mask_threshold=0.0, beta=0.0, learning_rate=0.1, max_steps=2)
+    trainer.train()
+    assert all("sampling_per_token_logps" not in inputs for inputs, _, _ in trainer.losses)
+    inputs, logps, loss = by_update(trainer)[1][0]
+    mask, advantages = inputs["completion_mask"], inputs["advantages"]
+    drift = ((inputs["old_per_token_logps"] - logps) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    dropped = (advantages < 0) & (drift > 0)
+    assert dropped.any()
+    ratio = (logps - inputs["old_per_token_logps"]).exp()
+    surrogate = torch.minimum(ratio.clamp(max=3.0) * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    num_tokens = sum(int(one["completion_mask"].sum()) for one, _, _ in by_update(trainer)[1])
+    expected = -(surrogate * mask)[~dropped].sum().item() / num_tokens
+    assert loss == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_a_reward_of_whole_groups_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="length_penalised_accuracy_reward, which compares .* trees have none"):
+        make_trainer(reward=get_length_penalised_accuracy_reward(num_generations=4))
+
+
+def test_what_trl_asks_for_is_still_asked_for(make_trainer, tiny_model_dir, tmp_path, arithmetic_dataset):
+    args = AttnRLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="reward_funcs"):
+        AttnRLTrainer(str(tiny_model_dir), args=args, train_dataset=arithmetic_dataset)
+    images = arithmetic_dataset.add_column("image", [None] * len(arithmetic_dataset))
+    with pytest.raises(ValueError, match="train_dataset has the column 'image'"):
+        AttnRLTrainer(str(tiny_model_dir), odd_sum, args, train_dataset=images)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from attn_trainers.base.generation import GenerationMixin
+from attn_trainers.base.generation import GenerationMixin, vllm_generate
 from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.tiny.arithmetic import build_model
 
@@ -158,3 +158,47 @@ def test_vllm_follows_the_weights_through_large_updates(make_trainer, tie_word_e
     assert (fresh.mean() - before.mean()).abs() < noise + 1e-3
     assert stale.mean() > 10 * fresh.mean()
     trainer.model.zero_grad()
+
+
+@pytest.fixture
+def fake_engine(monkeypatch):
+    """An engine that keeps the settings it is asked to sample by, and what else happened in their order."""
+    seen = []
+    monkeypatch.setattr(
+        "attn_trainers.base.generation.generate_with_engine",
+        lambda llm, requests, settings, on_cpu: seen.append(settings) or [None] * len(requests),
+    )
+
+    def make(**kwargs):
+        sampling = dict.fromkeys(["repetition_penalty", "temperature", "top_p", "top_k", "min_p", "logprobs"], 0)
+        accelerator = SimpleNamespace(device=torch.device("cpu"), local_process_index=3)
+        engine = {"tensor_parallel_size": 1, "generation_kwargs": {}, "accelerator": accelerator, "llm": None}
+        return SimpleNamespace(**(sampling | engine | kwargs)), seen
+
+    return make
+
+
+@pytest.mark.parametrize(("kwargs", "detokenize"), [({}, False), ({"stop": ["."]}, True)])
+def test_text_is_made_where_stop_strings_are_looked_for(fake_engine, kwargs, detokenize):
+    engine, seen = fake_engine(generation_kwargs=kwargs)
+    vllm_generate(engine, [GenerationRequest([1], max_tokens=1)])
+    assert seen[0]["detokenize"] is detokenize
+    assert seen[0].get("stop") == kwargs.get("stop")
+
+
+@pytest.mark.parametrize("requests", [[], [GenerationRequest([1], max_tokens=1)]])
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_ranks_wait_for_each_other_before_an_adapters_engine_exchanges(fake_engine, monkeypatch, is_adapter, requests):
+    engine, seen = fake_engine(tensor_parallel_size=2, tp_group=None, model=None)
+    monkeypatch.setattr("attn_trainers.base.generation.is_peft_model", lambda model: is_adapter)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: seen.append(device_ids))
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather_object",
+        lambda gathered, own, group: gathered.__setitem__(slice(None), [own, own]),
+    )
+    assert len(vllm_generate(engine, requests)) == len(requests)
+    # A group without requests waits too: the barrier is over all ranks.
+    assert seen[: int(is_adapter)] == [[3]] * is_adapter
+    assert len(seen) == is_adapter + bool(requests)

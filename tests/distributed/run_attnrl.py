@@ -112,7 +112,11 @@ def main(model_dir: str, output: str, num_ranks: int, use_vllm: bool, credit: st
                 [
                     p.draw.serial,
                     [
-                        [r.tokens, r.reward, [[c.offset, c.tokens, c.reward] for c in branches_of(r)]]
+                        [
+                            r.tokens.tolist(),
+                            r.reward,
+                            [[c.offset, c.tokens.tolist(), c.reward] for c in branches_of(r)],
+                        ]
                         for r in p.rollouts
                     ],
                 ]
