@@ -165,6 +165,7 @@ def show_steady(num_batches: int) -> None:
             processing_class=tokenizer,
         )
         trainer.train()
+    print(f"{len(measured)} generation batches, {trainer.state.global_step} updates")
     steps = sorted({index for index in (9, num_batches // 2, num_batches - 1) if index < len(measured)})
     rows = [[i + 1, f"{measured[i]:,.1f}", f"{measured[i] / measured[min(9, steps[-1])] - 1:+.2%}"] for i in steps]
     print(markdown_table(["generation batch", "MiB resident", "over the tenth"], rows))

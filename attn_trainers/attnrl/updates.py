@@ -138,7 +138,7 @@ class UpdatesMixin:
         """Log at any update; save and evaluate between generation batches, where a pass or the run may end too."""
         control, pipeline = self.control, self.pipeline
         self.state.epoch = pipeline.passes
-        if not self.is_between_generations():
+        if not self.is_between_generations() and not control.should_training_stop:
             for name in _HELD:
                 if getattr(control, name):
                     self._held.add(name)
@@ -148,10 +148,12 @@ class UpdatesMixin:
         for name in self._held:
             setattr(control, name, True)
         self._held.clear()
-        if pipeline.is_exhausted:
+        if pipeline.is_exhausted and not control.should_training_stop:
             self._stop()
         saves = control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if control.should_training_stop:
+            self._updates.clear()  # what max_steps or a callback cut off
         if pipeline.ends_pass():
             control.should_epoch_stop = True
         elif pipeline.limit is not None and not control.should_training_stop and self._is_used_up():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from .checkpoints import check_save_interval
+from .checkpoints import check_save_interval, steps_between_generations
 from .report import Report
 
 
@@ -38,6 +38,11 @@ class MethodConfig(GRPOConfig):
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
             )
         self.check_saves()
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer updates made on a full generation batch."""
+        return steps_between_generations(self)
 
     def check_saves(self) -> None:
         """Refuse saves inside a generation batch, for methods whose batches are a fixed number of updates."""

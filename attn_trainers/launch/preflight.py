@@ -16,7 +16,6 @@ from peft import get_peft_model
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
-from ..base.checkpoints import steps_between_generations
 from ..base.config import MethodConfig
 from ..base.credit import CreditMethod
 from ..base.report import Report
@@ -63,7 +62,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def check_batch(args: GRPOConfig, num_problems: int, report: Report) -> None:
+def check_batch(args: MethodConfig, num_problems: int, report: Report) -> None:
     """Rows, updates and tokens of a generation batch, and what must divide what.
 
     Raises:
@@ -77,7 +76,7 @@ def check_batch(args: GRPOConfig, num_problems: int, report: Report) -> None:
     report.add(
         "generation batch",
         f"{args.generation_batch_size} rows = {prompts} prompts x {args.num_generations}, trained on in "
-        f"{steps_between_generations(args)} updates",
+        f"{args.updates_per_batch} updates",
     )
     report.add(
         "rows per update",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
@@ -242,3 +242,24 @@ def test_a_batch_is_trained_on_as_often_as_num_iterations_says(make_trainer):
     assert updates == 2 and len(first) >= 2 * micro_batches
     for once, again in zip(first[:micro_batches], first[micro_batches : 2 * micro_batches], strict=True):
         assert torch.equal(once, again)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_stop_inside_a_batch_saves_and_drops_the_rest_of_it(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=1, max_steps=8)
+    trainer.add_callback(StopAt(1))
+    trainer.train()
+    assert logged(trainer, "attnrl/updates") == [2.0]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    trainer.remove_callback(StopAt)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert trainer.state.global_step == 8
+    first, second = ([p.draw.serial for p in prompts] for prompts in trainer.batches[:2])
+    assert second[0] == first[-1] + 1  # the next prompts, not the same again
