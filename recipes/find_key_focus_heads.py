@@ -17,14 +17,13 @@ intervals, scores of position and length beside them, ensembles, held-out accura
 
 import sys
 
-from transformers import HfArgumentParser
-
 from attn_trainers.attnpo.discovery.arguments import DiscoveryArguments
 from attn_trainers.attnpo.discovery.command import ComparisonArguments, compare, find
+from attn_trainers.launch.command import run_command
 
 
 if __name__ == "__main__":
     if "--compare" in sys.argv:
-        compare(HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()[0])
+        run_command(compare, ComparisonArguments)
     else:
-        find(HfArgumentParser(DiscoveryArguments).parse_args_into_dataclasses()[0])
+        run_command(find, DiscoveryArguments)

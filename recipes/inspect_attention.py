@@ -19,9 +19,8 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from attn_trainers.inspection.run import InspectionArguments, run_inspection
+from attn_trainers.launch.command import run_command
 from attn_trainers.tiny.arithmetic import sample_problems
 from attn_trainers.tiny.runs import HELD_OUT_SEED, TinyArguments, prepare
 
@@ -50,4 +49,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    run_command(main, Arguments)

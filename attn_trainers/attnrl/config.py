@@ -100,8 +100,8 @@ class AttnRLConfig(MethodConfig):
             Whether rows that share prefixes are forwarded as one row that holds each shared token once: `"auto"`
             where the model allows it, `"on"` (refused where it does not) or `"off"`.
         seeded_sampling (`bool`, *optional*, defaults to `False`):
-            Whether each vLLM request gets a seed of its own, so that a run is repeatable on any number of ranks. On a
-            GPU it costs sampling speed.
+            Whether each request gets a seed of its own, so that a run is repeatable on any number of ranks. With vLLM
+            on a GPU it costs sampling speed.
         max_tokens_per_micro_batch (`int`, *optional*):
             Tokens of a micro-batch on one rank, those that rows of a tree share counted once: whole trees are taken,
             or subtrees where one exceeds it. By default a micro-batch is `per_device_train_batch_size` rows.
@@ -158,7 +158,7 @@ class AttnRLConfig(MethodConfig):
         metadata={"help": "Forward shared prefixes once: 'auto' where the model allows it, 'on', 'off'."},
     )
     seeded_sampling: bool = field(
-        default=False, metadata={"help": "Give each vLLM request a seed of its own (repeatable on any rank count)."}
+        default=False, metadata={"help": "Give each request a seed of its own (repeatable on any rank count)."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None,

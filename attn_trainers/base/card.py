@@ -315,11 +315,12 @@ class CardMixin:
         if isinstance(example, str):
             encode = ["", f"inputs = tokenizer({example!r}, return_tensors='pt').to(model.device)"]
         else:
+            template_kwargs = "".join(f", {name}={value!r}" for name, value in self.chat_template_kwargs.items())
             encode = [
                 "",
                 f"messages = {example!r}",
                 "inputs = tokenizer.apply_chat_template(",
-                '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+                f'    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{template_kwargs}',
                 ").to(model.device)",
             ]
         generate = [

@@ -15,7 +15,7 @@ from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 
-from ..sampling.requests import GeneratedTokens, GenerationRequest, count_missing_logps  # noqa: F401 (for trainers)
+from ..sampling.requests import GeneratedTokens, GenerationRequest
 from ..sampling.transformers import generate_batch
 from ..sampling.vllm import generate_with_engine, limit_cpu_cache
 

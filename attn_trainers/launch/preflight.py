@@ -20,6 +20,7 @@ from ..base.config import MethodConfig
 from ..base.credit import CreditMethod
 from ..base.report import Report
 from ..rewards import unverifiable_answers
+from ..sampling.models import num_positions
 from ..sampling.problems import prompt_for, render_prompt
 from ..thinking import EndOfThinking, ThinkingTags
 from .memory import (
@@ -104,7 +105,7 @@ def check_lengths(args: GRPOConfig, max_prompt_length: int, config: PretrainedCo
     row = max_prompt_length + args.max_completion_length
     report.heading("Lengths")
     report.add("tokens per row", f"{row} = {max_prompt_length} prompt + {args.max_completion_length} completion")
-    positions = config.get_text_config().max_position_embeddings
+    positions = num_positions(config) or float("inf")
     limit = args.vllm_max_model_length
     if args.use_vllm and limit is not None:
         if limit > positions:
@@ -232,7 +233,7 @@ def _check_cache(
 ) -> None:
     """Refuse a KV cache that does not hold the longest sequence: vLLM would not start."""
     report.add("KV cache", f"{kv_tokens:,} tokens, {kv_tokens // setup.row_tokens} full rows")
-    longest = args.vllm_max_model_length or config.get_text_config().max_position_embeddings
+    longest = args.vllm_max_model_length or num_positions(config) or setup.row_tokens
     if kv_tokens < longest:
         raise ValueError(
             f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization} of {gib(device.memory)} leaves room for "
