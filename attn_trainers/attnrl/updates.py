@@ -6,6 +6,7 @@ update, however many, run in its last training step, and updates come from the g
 makes as it needs them.
 """
 
+import logging
 import math
 import sys
 import time
@@ -24,9 +25,19 @@ from transformers.trainer_utils import SaveStrategy
 _HELD = ("should_save", "should_evaluate")
 
 
+logger = logging.getLogger(__name__)
+
 # Generation batches in a row without a row to train on, after which a step is let go by without an update, so that
-# what they showed is logged; after as many again the run ends.
-MOST_EMPTY_BATCHES = 20
+# what they showed is logged and the run has an end.
+MOST_EMPTY_BATCHES = 5
+
+NO_ROWS = (
+    "%d generation batches in a row gave no row to train on: the leaves of each prompt got the same reward, or none. "
+    "A step goes by without an update. See in the log attnrl/solve_all_ratio and solve_none_ratio (data too easy or too "
+    "hard, or a reward function that does not read the data set's answers), attnrl/unscorable (answers that it cannot "
+    "parse), completions/clipped_ratio (max_completion_length too small for an answer) and attnrl/steps_per_rollout "
+    "(rollouts of one step cannot be branched)."
+)
 
 
 def _no_inputs(_) -> dict:
@@ -40,7 +51,6 @@ class UpdatesMixin:
         super().__init__(*args, **kwargs)
         self._updates: deque[list[dict[str, Tensor]]] = deque()  # of the current generation batch, not made yet
         self._held: set[str] = set()
-        self._empty_in_a_row = 0
 
     # ---- length of the run ------------------------------------------------------------------------------------------
 
@@ -100,27 +110,15 @@ class UpdatesMixin:
         return not self._updates or self.state.global_step >= self.state.max_steps
 
     def _has_updates(self) -> bool:
-        """Whether an update is left, sampling generation batches where none is; the same on all ranks.
-
-        Raises:
-            ValueError: where one generation batch after the other has no row to train on.
-        """
+        """Whether an update is left, sampling generation batches where none is; the same on all ranks."""
         self.model_wrapped.train()
         for _ in range(MOST_EMPTY_BATCHES):
             if not self._updates:
                 self._updates.extend(self._next_training_batch())
-                self._empty_in_a_row = 0 if self._updates else self._empty_in_a_row + 1
             if self._updates or self.pipeline.is_exhausted:
                 return bool(self._updates)
-        if self._empty_in_a_row > MOST_EMPTY_BATCHES:
-            raise ValueError(
-                f"{self._empty_in_a_row} generation batches in a row gave no row to train on: the leaves of each "
-                "prompt got the same reward, or none. See in the log `attnrl/solve_all_ratio` and `solve_none_ratio` "
-                "(data too easy or too hard, or a reward function that does not read the data set's answers), "
-                "`attnrl/unscorable` (answers that it cannot parse), `completions/clipped_ratio` "
-                "(max_completion_length too small for an answer) and `attnrl/steps_per_rollout` (rollouts of one step "
-                "cannot be branched)."
-            )
+        if self.ranks.is_first:
+            logger.warning(NO_ROWS, MOST_EMPTY_BATCHES)
         return False
 
     def _run_epoch(self, **kwargs):

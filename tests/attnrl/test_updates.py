@@ -97,16 +97,18 @@ def test_batches_without_rows_are_no_updates_and_the_next_is_sampled_at_once(mak
     assert {r.policy for p in trainer.batches[2] for r in p.rollouts} == {0}
 
 
-def test_a_run_without_any_row_logs_what_it_saw_and_ends_with_the_likely_causes(make_trainer):
-    trainer = make_trainer(reward=always_wrong)
+def test_a_run_without_any_row_goes_on_and_tells_the_likely_causes(make_trainer, caplog):
+    trainer = make_trainer(reward=always_wrong, max_steps=2)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    with pytest.raises(ValueError, match="40 generation batches in a row gave no row .*solve_none_ratio"):
+    with caplog.at_level("WARNING", logger="attn_trainers.attnrl.updates"):
         trainer.train()
-    assert trainer.pipeline.empty_batches == 40
-    assert trainer.pipeline.batches_trained == 0
-    (entry,) = trainer.state.log_history  # of the one step that was let go by
-    assert entry["attnrl/solve_none_ratio"] == 1.0
-    assert entry["attnrl/rows_trained"] == entry["grad_norm"] == 0.0
+    assert caplog.text.count("5 generation batches in a row gave no row to train on") == 2
+    assert trainer.pipeline.empty_batches == 10
+    assert trainer.pipeline.batches_trained == 0 and trainer.state.global_step == 2
+    first, second = [entry for entry in trainer.state.log_history if "loss" in entry]  # steps that were let go by
+    for entry in (first, second):
+        assert entry["attnrl/solve_none_ratio"] == 1.0
+        assert entry["attnrl/rows_trained"] == entry["grad_norm"] == 0.0
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 

@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer
 
-from attn_trainers.base.evaluation import EvaluationMixin
+from attn_trainers.base.config import MethodConfig
+from attn_trainers.base.trainer import BaseTrainer
 from attn_trainers.evaluation.run import EvaluationArguments, compare_runs, evaluate, read_records
 from attn_trainers.evaluation.statistics import (
     CompletionRecord,
@@ -327,8 +327,9 @@ def test_vllm_draws_what_transformers_draws_and_resumes(arguments, adapter, tmp_
     assert records_of(sampled) == expected
 
 
-class EvaluatingTrainer(EvaluationMixin, GRPOTrainer):
-    pass
+class EvaluatingTrainer(BaseTrainer):
+    config_class = MethodConfig
+    metric_prefix = "plain"
 
 
 @pytest.mark.slow
@@ -348,7 +349,7 @@ def test_evaluation_during_training_logs_pass_at_k(model, tmp_path, name):
         return rewards
 
     data = Dataset.from_dict({"prompt": [f"{i}+{i}?" + "<think>" * (i % 2) for i in range(8)]})
-    config = GRPOConfig(
+    config = MethodConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,

@@ -67,7 +67,7 @@ def test_responses_without_thinking_say_why(model, tiny_tokenizer, prompt_ids, k
     assert "this response has 1 (" in one.influence.note and one.influence.scores == [0.0]
     assert one.waad.shape == (1,) and one.fai.isnan().all()
     no_heads = inspect_response(model, tiny_tokenizer, prompt_ids, [20, 21], InspectionSettings(), delimiters)
-    assert "no key-focus heads" in no_heads.key_focus.note and "has no </think>" in no_heads.key_focus.note
+    assert "no key-focus heads" in no_heads.key_focus.note and "the thinking has no end" in no_heads.key_focus.note
     with pytest.raises(ValueError, match="completion_ids 0; give one or more"):
         inspect_response(model, tiny_tokenizer, prompt_ids, [], settings, delimiters)
 
