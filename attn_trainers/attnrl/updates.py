@@ -33,10 +33,10 @@ MOST_EMPTY_BATCHES = 5
 
 NO_ROWS = (
     "%d generation batches in a row gave no row to train on: the leaves of each prompt got the same reward, or none. "
-    "A step goes by without an update. See in the log attnrl/solve_all_ratio and solve_none_ratio (data too easy or too "
-    "hard, or a reward function that does not read the data set's answers), attnrl/unscorable (answers that it cannot "
-    "parse), completions/clipped_ratio (max_completion_length too small for an answer) and attnrl/steps_per_rollout "
-    "(rollouts of one step cannot be branched)."
+    "A step goes by without an update. See in the log attnrl/solve_all_ratio and solve_none_ratio (data too easy or "
+    "too hard, or a reward function that does not read the data set's answers), attnrl/unscorable (answers that it "
+    "cannot parse), completions/clipped_ratio (max_completion_length too small for an answer) and "
+    "attnrl/steps_per_rollout (rollouts of one step cannot be branched)."
 )
 
 
