@@ -152,8 +152,8 @@ def test_without_branch_points_every_rollout_is_a_row_with_an_outcome_advantage(
 
 def test_completions_of_one_token_have_no_branches(make_trainer):
     trainer = make_trainer(max_completion_length=1, max_steps=2)
-    with pytest.raises(ValueError, match="rollouts of one step cannot be branched"):
-        trainer.train()
+    trainer.train()
+    assert (trainer.pipeline.batches_trained, trainer.state.global_step) == (0, 2)
     assert all(len(r.tokens) == 1 and not branches_of(r) for p in trainer.batches[0] for r in p.rollouts)
 
 
@@ -181,9 +181,10 @@ def test_where_all_that_can_be_scored_is_right_there_is_nothing_to_learn(make_tr
     trainer = make_trainer(
         reward=lambda completions, completion_ids, **kwargs: [1.0 if sum(ids) % 2 else None for ids in completion_ids],
         filter_easy_prompts=False,
+        max_steps=2,
     )
-    with pytest.raises(ValueError, match="gave no row to train on"):
-        trainer.train()
+    trainer.train()
+    assert (trainer.pipeline.batches_trained, trainer.state.global_step) == (0, 2)
     assert trainer.pipeline.counters["unscorable"] > 0
 
 
