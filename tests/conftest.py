@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,22 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Engines of test processes that run side by side must not be pinned to the same core.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+EXTENSIONS = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    """A folder for the C++ code that DeepSpeed compiles at its first start, shared by all test processes of this run.
+
+    In the usual place, a process that was killed while it compiled leaves a lock, and each later start waits for it.
+    """
+    if not hasattr(config, "workerinput"):
+        config.stash[EXTENSIONS] = os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch-extensions-")
+
+
+def pytest_unconfigure(config):
+    if EXTENSIONS in config.stash:
+        shutil.rmtree(config.stash[EXTENSIONS], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
