@@ -221,6 +221,10 @@ class CardMixin:
         """Settings of the method, by name, for the card."""
         return method_settings(self.args)
 
+    def card_sections(self, folder: Path) -> dict[str, str]:
+        """Further sections of the card by heading; files that they show are written into the folder."""
+        return {}
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         dataset = dataset_name or self.card_notes.dataset
         super().create_model_card(model_name, dataset if dataset and is_hub_dataset(dataset) else None, tags)
@@ -236,6 +240,8 @@ class CardMixin:
         settings = {f"### Settings of {self._name}": self.card_settings(), "### Training": self._training_settings()}
         for heading, values in settings.items():
             text = replace_section(text, heading, _settings_table(values), before="### Framework versions")
+        for heading, body in self.card_sections(path.parent).items():
+            text = replace_section(text, heading, body)
         text = replace_section(text, "## Evaluation", self._evaluation(model_name))
         versions = "\n".join(f"- {name}: {number}" for name, number in self._versions().items())
         card.text = replace_section(text, "### Framework versions", versions)
