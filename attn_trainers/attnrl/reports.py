@@ -63,7 +63,7 @@ class ReportsMixin:
                 if self.credit is not None:
                     told["credit"] = credit.get(f"{tree}/{path.leaf}")
                 self.own_columns |= told.keys() - leaf.extra.keys()
-                for column in told.keys() - logs["extra"].keys():
+                for column in [name for name in told if name not in logs["extra"]]:
                     logs["extra"][column].extend([None] * len(logs["prompt"]))
                 logs["prompt"].append(prompt.example["prompt"])
                 logs["completion"].append(completion)

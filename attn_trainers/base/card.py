@@ -5,6 +5,7 @@ base models and adapters, and adds settings, evaluation and the code that loads 
 """
 
 import os
+import platform
 import re
 import shlex
 import sys
@@ -13,8 +14,9 @@ from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from accelerate.utils import is_peft_model
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
@@ -56,11 +58,13 @@ class CardNotes:
         dataset: of the training problems: Hub id, file, or a description.
         evaluation: Markdown table of results; by default the last evaluation of the training log.
         evaluation_command: command that gave it.
+        results: the same for the card's metadata, which the Hub shows; by default those of the training log.
     """
 
     dataset: str | None = None
     evaluation: str | None = None
     evaluation_command: str | None = None
+    results: Sequence[EvalResult] = ()
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,14 @@ def replace_section(text: str, heading: str, body: str, before: str = "## Citati
     return "\n".join(lines[:start] + section + lines[end:]) + "\n"
 
 
-def write_evaluation(folder: str | Path, table: str, command: str) -> None:
+def write_evaluation(folder: str | Path, table: str, command: str, results: Sequence[EvalResult] = ()) -> None:
     """Put an evaluation into the card of a model in a local folder, in place of an earlier one.
+
+    Args:
+        folder: of the model.
+        table: Markdown table of the results.
+        command: that gave them.
+        results: the same for the card's metadata.
 
     Raises:
         ValueError: if the folder has no card.
@@ -176,7 +186,41 @@ def write_evaluation(folder: str | Path, table: str, command: str) -> None:
     path = Path(folder) / "README.md"
     if not path.exists():
         raise ValueError(f"folder={str(folder)!r} has no README.md; give the output folder of a trainer.")
-    path.write_text(replace_section(path.read_text(), "## Evaluation", evaluation_body(table, command)))
+    card = ModelCard.load(path)
+    card.text = replace_section(card.text, "## Evaluation", evaluation_body(table, command))
+    set_results(card, results, Path(folder).resolve().name)
+    card.save(path)
+
+
+def set_results(card: ModelCard, results: Sequence[EvalResult], model_name: str) -> None:
+    """Put results into a card's metadata, in place of earlier ones; without any, those stay."""
+    if results:
+        card.data.model_name = card.data.get("model_name") or model_name
+        card.data.eval_results = list(results)
+
+
+def evaluation_result(data: str, metric: str, value: float) -> EvalResult:
+    """A result as the Hub's model pages show it.
+
+    Args:
+        data: name of the data set, or its Hub id.
+        metric: e.g. "pass@1", as a share.
+        value: of the metric.
+    """
+    return EvalResult(
+        "text-generation", data, data, metric, round(value, 6), task_name="Reasoning", metric_name=metric
+    )
+
+
+def logged_results(log_history: Sequence[Mapping[str, float]]) -> list[EvalResult]:
+    """The last pass@k of each data set in a training log."""
+    latest = latest_evaluations(log_history)
+    return [
+        evaluation_result(data, metric, value)
+        for data, values in latest.items()
+        for metric, value in sorted(values.items())
+        if metric.startswith("pass@")
+    ]
 
 
 def evaluation_body(table: str, command: str) -> str:
@@ -233,6 +277,7 @@ class CardMixin:
         path = Path(self.args.output_dir) / "README.md"
         card = ModelCard.load(path)
         self._correct_metadata(card)
+        set_results(card, self.card_notes.results or logged_results(self.state.log_history), str(model_name))
         text = card.text
         sentence = self._origin().sentence(is_peft_model(self.model), dataset)
         text = re.sub(r"^This model is a fine-tuned version of .*$", lambda _: sentence, text, count=1, flags=re.M)
@@ -268,6 +313,7 @@ class CardMixin:
         settings["rows per update"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
         settings["updates"] = self.state.global_step
         settings["ranks"] = ranks
+        settings["hardware"] = hardware(ranks)
         if is_peft_model(self.model):
             adapter = self.model.peft_config[self.model.active_adapter]
             settings["LoRA rank"], settings["LoRA alpha"] = adapter.r, adapter.lora_alpha
@@ -338,16 +384,29 @@ class CardMixin:
 
 def evaluation_table(log_history: Sequence[Mapping[str, float]]) -> str | None:
     """The last value of each data set's rewards, pass@k and lengths in a training log; `None` if none is there."""
-    latest: dict[str, dict[str, float]] = {}
-    for entry in log_history:
-        for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(?:(.+)_)?(reward|pass@\d+|completions/mean_(?:thinking_)?length)", key):
-                latest.setdefault(match[1] or "evaluation", {})[match[2]] = value
+    latest = latest_evaluations(log_history)
     if not latest:
         return None
     columns = sorted({column for values in latest.values() for column in values})
     rows = [[name, *(_number(values.get(column)) for column in columns)] for name, values in latest.items()]
     return markdown_table(["data", *columns], rows)
+
+
+def latest_evaluations(log_history: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The last value of each metric of an evaluation by data set."""
+    latest: dict[str, dict[str, float]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            if match := re.fullmatch(r"eval_(?:(.+)_)?(reward|pass@\d+|completions/mean_(?:thinking_)?length)", key):
+                latest.setdefault(match[1] or "evaluation", {})[match[2]] = value
+    return latest
+
+
+def hardware(ranks: int) -> str:
+    """What the run's ranks computed on."""
+    if torch.cuda.is_available():
+        return f"{ranks} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
 def _number(value: float | None) -> str:
