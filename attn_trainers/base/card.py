@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
+from ..evaluation.statistics import Summary
 from ..sampling.models import GENERIC_TOKENIZERS
 from ..tables import markdown_table
 
@@ -207,9 +208,13 @@ def evaluation_result(data: str, metric: str, value: float) -> EvalResult:
         metric: e.g. "pass@1", as a share.
         value: of the metric.
     """
-    return EvalResult(
-        "text-generation", data, data, metric, round(value, 6), task_name="Reasoning", metric_name=metric
-    )
+    names = {"task_name": "Reasoning", "metric_name": metric}
+    return EvalResult("text-generation", data, data, metric, round(value, 6), **names)
+
+
+def summary_results(summaries: Sequence[Summary]) -> list[EvalResult]:
+    """The pass@k of an evaluation."""
+    return [evaluation_result(s.name, f"pass@{k}", passed.value) for s in summaries for k, passed in s.pass_at.items()]
 
 
 def logged_results(log_history: Sequence[Mapping[str, float]]) -> list[EvalResult]:
