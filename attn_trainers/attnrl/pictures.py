@@ -53,7 +53,7 @@ def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
     heading = textwrap.wrap(" ".join(problem.split()), TITLE_WIDTH, max_lines=TITLE_LINES, placeholder=" …")
     title = "\n".join([*heading, LEGEND])
     axis.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)  # a $ in a problem is a dollar
-    figure.colorbar(ScalarMappable(cmap=VALUES), ax=axis, label="value V(s)", fraction=0.02, pad=0.01)
+    figure.colorbar(ScalarMappable(cmap=VALUES), ax=axis, label="value V(s)", fraction=0.02, pad=0.03)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 

@@ -193,7 +193,8 @@ def test_recipes_push_what_they_trained(environment, tmp_path):
     full = ["README.md", "config.json", "generation_config.json", "model.safetensors", *tokenizer]
     adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors", *tokenizer]
     assert result["files"] == {
-        "me/full": sorted(full),
+        "me/full": sorted([*full, "trees.png"]),
+        "me/full@step-2": sorted([*full, "trees.png"]),
         "me/adapter": sorted(adapter),
         "me/arm": sorted([*full, "results.jsonl", "results.md", "results.png"]),
     }
