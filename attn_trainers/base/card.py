@@ -187,10 +187,11 @@ def write_evaluation(folder: str | Path, table: str, command: str, results: Sequ
     path = Path(folder) / "README.md"
     if not path.exists():
         raise ValueError(f"folder={str(folder)!r} has no README.md; give the output folder of a trainer.")
-    card = ModelCard.load(path)
-    card.text = replace_section(card.text, "## Evaluation", evaluation_body(table, command))
-    set_results(card, results, Path(folder).resolve().name)
-    card.save(path)
+    path.write_text(replace_section(path.read_text(), "## Evaluation", evaluation_body(table, command)))
+    if results:
+        card = ModelCard.load(path)
+        set_results(card, results, Path(folder).resolve().name)
+        card.save(path)
 
 
 def set_results(card: ModelCard, results: Sequence[EvalResult], model_name: str) -> None:
