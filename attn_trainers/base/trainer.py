@@ -108,7 +108,8 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
         self.log_values(self.ranks.means(totals), prefix)
 
     def log(self, logs, start_time=None):
-        if self.log_completions and self.model.training and self.ranks.is_first and self._logs["prompt"]:
+        has_rows = self.log_completions and self.model.training and bool(self._logs["prompt"])
+        if has_rows and self.ranks.is_first and "train_runtime" not in logs:  # the end of a run has no rows of its own
             names = {"prompt": "prompt", "completion": "completion", "advantages": "advantage"}
             columns = {shown: list(self._logs[name]) for name, shown in names.items()}
             columns |= {name: list(v) for kind in ("rewards", "extra") for name, v in self._logs[kind].items()}

@@ -12,7 +12,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback
 from attn_trainers import AttnPOConfig, AttnPOTrainer, AttnRLConfig, AttnRLTrainer, RhythmConfig, RhythmTrainer
 from attn_trainers.attnrl.pictures import plot_trees
 from attn_trainers.attnrl.pipeline import Draw
-from attn_trainers.attnrl.rollouts import PromptRollouts
+from attn_trainers.attnrl.rollouts import PromptRollouts, branches_of
 from attn_trainers.base.exhibits import ExhibitCallback, Page, completions_markdown
 from attn_trainers.base.log_line import COMMON, log_line
 from attn_trainers.base.pages import credit_page, shade
@@ -161,9 +161,8 @@ def test_completions_name_their_tree_branch_and_credit(build, tmp_path):
     trainer.train()
     frame = pd.read_parquet(tmp_path / "run" / "completions" / "completions_00002.parquet")
     frame = frame[frame["tree"].notna()]  # the others are the evaluation's
-    leaves = [
-        (p, i, leaf) for p in trainer.last_prompts for i, r in enumerate(p.rollouts) for leaf in [r, *_branches(r)]
-    ]
+    rollouts = [(p, i, rollout) for p in trainer.last_prompts for i, rollout in enumerate(p.rollouts)]
+    leaves = [(p, i, leaf) for p, i, rollout in rollouts for leaf in [rollout, *branches_of(rollout)]]
     latest = frame.iloc[-len(leaves) :] if len(frame) >= len(leaves) else frame
     expected = [(f"{p.draw.serial}/{i}", getattr(leaf, "offset", 0)) for p, i, leaf in leaves][-len(latest) :]
     assert list(zip(latest["tree"], latest["branch"], strict=True)) == expected
@@ -171,13 +170,10 @@ def test_completions_name_their_tree_branch_and_credit(build, tmp_path):
     assert len(credited) and ((credited >= 1.0) & (credited <= 2.0)).all()
 
 
-def _branches(rollout):
-    return getattr(rollout, "branches", [])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_an_evaluation_do_not_shift_the_columns(build, tmp_path, method):
-    trainer = build(method, log_completions=True, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "num_generations_eval": 1}
+    trainer = build(method, log_completions=True, **evaluates)
     trainer.train()
     frame = pd.read_parquet(tmp_path / "run" / "completions" / "completions_00002.parquet")
     column = "tree" if method == "AttnRL" else "credit"
