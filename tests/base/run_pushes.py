@@ -161,7 +161,7 @@ def push_models(recipes: Path, folder: Path, data: Path) -> dict:
     adapter = (
         f"--output_dir {folder}/adapter --hub_model_id me/adapter --problem_column problem --answer_column answer"
     )
-    adapter += " --num_generations 4 --use_peft --lora_r 4 --lora_target_modules all-linear"
+    adapter += " --push_revisions --num_generations 4 --use_peft --lora_r 4 --lora_target_modules all-linear"
     arm = (
         f"--cache_dir {folder}/cache --warm_start_steps 2 --num_operations 2 --num_train_problems 24 "
         "--num_eval_problems 4 --arms coupled --seeds 0 --max_steps 1 --per_device_train_batch_size 16 "
