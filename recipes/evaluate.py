@@ -18,7 +18,8 @@ With `--write_card true` the table and the command go into the card of a model i
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from attn_trainers.base.card import public_command, summary_results, write_evaluation
+from attn_trainers.base.card import public_command, write_evaluation
+from attn_trainers.base.results import summary_results
 from attn_trainers.evaluation.run import EvaluationArguments, compare_runs, evaluate
 from attn_trainers.evaluation.statistics import comparison_table, summary_table
 from attn_trainers.launch.command import run_command

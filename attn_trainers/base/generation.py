@@ -151,7 +151,7 @@ class GenerationMixin:
         num_chunks = self.max_over_ranks(len(chunks))
         results: list[GeneratedTokens | None] = [None] * len(requests)
         idle = GenerationRequest([self._tokenizer.eos_token_id], max_tokens=1)
-        for chunk in self.progress(chunks + [[]] * (num_chunks - len(chunks)), "Sampling"):
+        for chunk in chunks + [[]] * (num_chunks - len(chunks)):
             tokens = self._transformers_generate_chunk([requests[i] for i in chunk] or [idle])
             for i, token_ids in zip(chunk, tokens, strict=False):  # an idle chunk's token is nobody's
                 results[i] = GeneratedTokens(token_ids, None)

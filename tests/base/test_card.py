@@ -17,13 +17,12 @@ from attn_trainers.base.card import (
     Origin,
     evaluation_table,
     hardware,
-    logged_results,
     public_command,
     publish,
     replace_section,
-    summary_results,
     write_evaluation,
 )
+from attn_trainers.base.results import logged_results, summary_results
 from attn_trainers.evaluation.statistics import Estimate, Summary
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.tiny.byte_model import build_byte_model
