@@ -88,7 +88,9 @@ def check(command: str) -> None:
     own = words[place + 1 :]
     first = own[:1] if words[place] == "attn-trainers" and own and not own[0].startswith("-") else []
     credit = own[own.index("--credit") + 1] if "--credit" in own[:-1] else None
-    first += ["--credit", credit] if credit in CREDITS else []
+    if credit is not None and credit not in CREDITS:  # a method that the reader adds, with options of its own
+        return
+    first += ["--credit", credit] if credit else []
     first += ["--compare", "A", "B"] * ("--compare" in own)  # a tool that compares takes other options
     if any(word.startswith("--") for word in own) or first:
         known = options_of(words[place], *first)
