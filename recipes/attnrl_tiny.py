@@ -15,8 +15,6 @@ from pathlib import Path
 from trl import TrlParser
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from attn_trainers.attnrl.pictures import plot_trees
-from attn_trainers.attnrl.rollouts import PromptRollouts, branches_of
 from attn_trainers.base.card import CardNotes, public_command, publish
 from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.plots import plot_curves
@@ -80,7 +78,6 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     trainer = AttnRLTrainer(
         str(folder), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
     )
-    trainer.keeps_prompts = True  # for the picture of a tree
     watch.lap("start-up")
     before = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
     trainer.accelerator.print(f"Held-out accuracy before: {before.accuracy:.3f}")
@@ -120,11 +117,6 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     folder = Path(trainer.args.output_dir)
     write_results(folder, title, header, rows, details)
     plot_curves({method: trainer.state.log_history}, PANELS, folder / "curves.png", f"{method}, multi-step arithmetic")
-    branched = [p for p in trainer.last_prompts if p.continuations]
-    if branched:
-        prompt = max(branched, key=num_mixed_trees)
-        problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
-        plot_trees(prompt, problem, folder / "trees.png")
     print(f"Tables and pictures: {folder}")
 
 
@@ -133,11 +125,6 @@ def method_name(args: Recipe) -> str:
     if args.num_branch_points == 0:
         return f"Outcome RL ({args.num_rollouts} rollouts)"
     return f"AttnRL ({args.branching}, {args.num_branch_points} branch points)"
-
-
-def num_mixed_trees(prompt: PromptRollouts) -> int:
-    """How many of a prompt's trees have right and wrong leaves: those in which branching tells steps apart."""
-    return sum(len({rollout.reward, *(b.reward for b in branches_of(rollout))}) > 1 for rollout in prompt.rollouts)
 
 
 if __name__ == "__main__":

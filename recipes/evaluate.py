@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attn_trainers.base.card import public_command, write_evaluation
+from attn_trainers.base.results import summary_results
 from attn_trainers.evaluation.run import EvaluationArguments, compare_runs, evaluate
 from attn_trainers.evaluation.statistics import comparison_table, summary_table
 from attn_trainers.launch.command import run_command
@@ -44,7 +45,8 @@ def main(args: Arguments) -> None:
         return
     summaries = evaluate(args)
     if args.write_card:
-        write_evaluation(args.model, summary_table(summaries), public_command("python"))
+        table, results = summary_table(summaries), summary_results(summaries)
+        write_evaluation(args.model, table, public_command("python"), results)
     print((Path(args.output) / "report.md").read_text())
 
 

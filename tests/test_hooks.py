@@ -221,3 +221,17 @@ def test_the_fused_head_gives_log_probs_and_entropies():
     source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
     assert "labels=labels, fused_lm_head=True" in source
     assert "outputs.log_probs" in source and "outputs.entropy" in source
+
+
+def test_trackers_are_reached_through_the_callbacks_that_connect_them():
+    from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+    assert "self._trackio = trackio" in inspect.getsource(TrackioCallback.__init__)
+    assert "self._wandb = wandb" in inspect.getsource(WandbCallback.__init__)
+    assert "self.tb_writer = tb_writer" in inspect.getsource(TensorBoardCallback.__init__)
+
+
+def test_completions_are_logged_in_training_and_evaluation_alike():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert 'self._logs["prompt"].extend(gather_object(prompts))' in source
+    assert '**self._logs["extra"],' in inspect.getsource(GRPOTrainer.log)

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..attention import KeyFocusObserver, decoder_of
 from ..base.credit import BatchCredit, CompletionBatch, CreditContext, CreditMethod, RowFacts, SignalPass
+from ..base.exhibits import Page
 from ..base.options import changed_settings
 from ..base.report import Report
 from ..thinking import EndOfThinking
@@ -18,7 +19,7 @@ from .credit import baseline_score, length_penalised_rewards, rloo_advantages, s
 from .heads import Head, model_fingerprint, resolve_heads
 from .metrics import credit_totals, group_metrics
 from .options import AttnPOOptions
-from .page import write_report
+from .page import most_scaled, page_of, write_report
 from .responses import ScoredResponse
 from .steps import Splitter
 
@@ -61,6 +62,7 @@ class AttnPOCredit(CreditMethod):
     """
 
     prefix = "attnpo"
+    line_fields = {"attnpo/accuracy": "  correct {:.0%}", "attnpo/tokens_attenuated": "  attenuated {:.0%}"}
 
     def __init__(self, options: AttnPOOptions):
         self.options = options
@@ -238,6 +240,10 @@ class AttnPOCredit(CreditMethod):
             )
             for sign in (1.0, -1.0)
         )
+
+    def page(self, credit, title: str) -> Page | None:
+        shown = most_scaled(credit.details or [])
+        return None if shown is None else page_of(shown, self._tokenizer, title)
 
     def report(self, credit: BatchCredit, context: CreditContext) -> None:
         if not self.options.page_steps or context.step < self._next_report:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ..base.exhibits import Page
 from ..base.ranks import Ranks
+from ..tables import cell, markdown_table
 from .responses import ScoredResponse
 
 
@@ -99,6 +101,36 @@ def response_page(response: ScoredResponse, tokenizer, title: str) -> str:
     )
 
 
+def response_markdown(response: ScoredResponse, tokenizer, title: str) -> str:
+    """The same in Markdown: a table of the steps."""
+    record = response_record(response, tokenizer)
+    facts = f"**{escape(title)}**: {'correct' if record['correct'] else 'wrong'}, advantage {record['advantage']:+.3f}"
+    rows = [
+        [
+            index + 1,
+            step["kind"],
+            "" if not record["baseline"] or step["score"] is None else f"{step['score'] / record['baseline']:.2f}",
+            "" if step["scale"] is None else f"{step['scale']:.2f}",
+            cell(step["text"].strip()),
+        ]
+        for index, step in enumerate(record["steps"])
+    ]
+    body = markdown_table(["step", "kind", "S / S_base", "γ", "text"], rows) if rows else cell(record["completion"])
+    return f"{facts}\n\n{body}"
+
+
+def page_of(response: ScoredResponse, tokenizer, title: str) -> Page:
+    """A response's page, for trackers."""
+    return Page(response_page(response, tokenizer, title), response_markdown(response, tokenizer, title))
+
+
+def most_scaled(responses: Sequence[ScoredResponse]) -> ScoredResponse | None:
+    """The response with most scaled steps, of several the one with most steps; `None` of none."""
+    return max(
+        responses, key=lambda r: (int((r.attenuated | r.protected).sum()), len(r.alignment.kinds)), default=None
+    )
+
+
 def write_response_page(path: str | Path, response: ScoredResponse, tokenizer, title: str) -> None:
     """Write `response_page` to a file."""
     Path(path).write_text(response_page(response, tokenizer, title), encoding="utf-8")
@@ -136,7 +168,6 @@ def write_report(folder: Path, step: int, responses: Sequence[ScoredResponse], t
     records = ranks.gather_list([response_record(response, tokenizer) for response in responses])
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        shown = max(responses, key=lambda r: (int((r.attenuated | r.protected).sum()), len(r.alignment.kinds)))
-        write_response_page(folder / f"{name}.html", shown, tokenizer, title=f"Step {step}")
+        write_response_page(folder / f"{name}.html", most_scaled(responses), tokenizer, title=f"Step {step}")
         lines = (json.dumps(record, ensure_ascii=False) for record in records)
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

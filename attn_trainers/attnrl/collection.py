@@ -17,9 +17,8 @@ from ..sampling.requests import GeneratedTokens, GenerationRequest, count_missin
 from .exploration import BranchPoints
 from .pipeline import Draw
 from .rollouts import BranchedRollout, Continuation, PromptRollouts, ReadRollout, Rollout, to_array, to_tokens
-from .rows import LeafValues, TrainingRow, collate
+from .rows import TrainingRow, collate
 from .steps import segment_steps
-from .trees import tree_paths
 
 
 # Branch points of the rollouts that are expanded, by prompt and by index of the rollout.
@@ -219,22 +218,6 @@ class CollectionMixin:
         self.log_values(self.ranks.means({n: (sum(pending.get(n, [])), len(pending.get(n, []))) for n in names}))
         pending.clear()
 
-    def _log_completions(self, prompts: Sequence[PromptRollouts], values_of: Sequence[LeafValues]) -> None:
-        """Add all leaves of a batch to the completions table, each with the advantage of its own last segment."""
-        logs = self._logs
-        for prompt, values in zip(prompts, values_of, strict=True):
-            for path, leaf in zip(tree_paths(prompt.trees(values.rewards)), prompt.leaves, strict=True):
-                (completion,) = self._as_completions(prompt.example["prompt"], [prompt.prompt_ids], [path.tokens])
-                for column in leaf.extra.keys() - logs["extra"].keys():
-                    logs["extra"][column].extend([None] * len(logs["prompt"]))
-                logs["prompt"].append(prompt.example["prompt"])
-                logs["completion"].append(completion)
-                logs["advantages"].append(path.advantages[-1])
-                for name, reward in zip(self.reward_func_names, leaf.rewards.tolist(), strict=True):
-                    logs["rewards"][name].append(reward)
-                for column, column_values in logs["extra"].items():
-                    column_values.append(leaf.extra.get(column))
-
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
     def _read_rollouts(self, prompts: Sequence[PromptRollouts], initial: Sequence[Sequence[Rollout]]) -> None:
@@ -246,7 +229,8 @@ class CollectionMixin:
         read: list[ReadRollout | None] = [None] * len(flat)
         eos = [self._tokenizer.eos_token_id]
         idle = (eos, Rollout(tokens=to_tokens(eos), sampling_logps=None, policy=0, rewards=np.zeros(0), reward=0.0))
-        for chunk in chunks + [[]] * (self.max_over_ranks(len(chunks)) - len(chunks)):
+        chunks += [[]] * (self.max_over_ranks(len(chunks)) - len(chunks))
+        for chunk in self.progress(chunks, "Attention of rollouts"):
             results = self._read_chunk([flat[i] for i in chunk] or [idle])
             for i, result in zip(chunk, results, strict=False):  # an idle chunk's rollout is nobody's
                 read[i] = result
@@ -279,6 +263,7 @@ class CollectionMixin:
             learnt = {
                 "old_logps": logps[i, :length].float().cpu().numpy(),
                 "step_ranges": [(start - offset, end - offset) for start, end in segmentation.ranges[1:]],
+                "thinking_length": self.thinking.count_tokens(prompt_ids, rollout.tokens.tolist()),
             }
             if influences is not None:
                 learnt["influence"] = influences[i][1:].cpu().numpy()  # entry 0 is the prompt

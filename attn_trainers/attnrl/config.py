@@ -105,6 +105,12 @@ class AttnRLConfig(MethodConfig):
         max_tokens_per_micro_batch (`int`, *optional*):
             Tokens of a micro-batch on one rank, those that rows of a tree share counted once: whole trees are taken,
             or subtrees where one exceeds it. By default a micro-batch is `per_device_train_batch_size` rows.
+
+        > Parameters that control reports
+
+        log_trees (`bool`, *optional*, defaults to `False`):
+            Whether each log has a picture of the trees of one prompt of the latest batch, in `output_dir/trees` and in
+            trackio, wandb and TensorBoard, those that `report_to` names.
     """
 
     num_rollouts: int = field(default=6, metadata={"help": "Initial rollouts per prompt (G)."})
@@ -163,6 +169,9 @@ class AttnRLConfig(MethodConfig):
     max_tokens_per_micro_batch: int | None = field(
         default=None,
         metadata={"help": "Tokens of a micro-batch on one rank, shared ones counted once. Default: by rows."},
+    )
+    log_trees: bool = field(
+        default=False, metadata={"help": "Draw the trees of one prompt at each log; trackers get the picture too."}
     )
 
     num_generations: int | None = field(

@@ -151,6 +151,7 @@ def completion_metrics(prompts: Sequence[PromptRollouts], ends: Collection[int])
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths, default=0)),
         "completions/max_length": float(max(lengths, default=0)),
+        "completions/mean_thinking_length": _mean([r.thinking_length for r in rollouts]),
         "completions/clipped_ratio": _mean([int(r.tokens[-1]) not in ends for r in rollouts]),
         "reward": _mean(rewards),
         "reward_std": float(np.std(rewards)) if rewards else float("nan"),

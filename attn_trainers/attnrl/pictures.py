@@ -1,6 +1,7 @@
 """Pictures of a run: training curves, and the trees of one prompt with influence, values and branch
 points."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,10 @@ from matplotlib.cm import ScalarMappable  # noqa: E402
 from ..plots import BLUE, INK, VALUES
 from .rollouts import PromptRollouts, branches_of  # noqa: E402
 from .trees import tree_segments  # noqa: E402
+
+
+TITLE_WIDTH, TITLE_LINES = 130, 3
+LEGEND = "bars: segments by value V(s), with advantage A(s); above: influence of each step; ▾ branch point"
 
 
 def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
@@ -45,11 +50,10 @@ def plot_trees(prompt: PromptRollouts, problem: str, path: str | Path) -> None:
     axis.set_yticks([])
     axis.set_xlabel("completion token")
     axis.spines[["top", "right", "left"]].set_visible(False)
-    title = (
-        f"{problem}\nbars: segments by value V(s), with advantage A(s); above: influence of each step; ▾ branch point"
-    )
-    axis.set_title(title, fontsize=10, color=INK, loc="left")
-    figure.colorbar(ScalarMappable(cmap=VALUES), ax=axis, label="value V(s)", fraction=0.02, pad=0.01)
+    heading = textwrap.wrap(" ".join(problem.split()), TITLE_WIDTH, max_lines=TITLE_LINES, placeholder=" …")
+    title = "\n".join([*heading, LEGEND])
+    axis.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)  # a $ in a problem is a dollar
+    figure.colorbar(ScalarMappable(cmap=VALUES), ax=axis, label="value V(s)", fraction=0.02, pad=0.03)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 

@@ -72,12 +72,14 @@ class ReadRollout(Rollout):
         influence: forward context influence y of each step (attnrl eq. 6), (num_steps,) float32, `None` where neither
             branching nor filter asks for it.
         entropies: entropy of each token's distribution, (n,) float32; only for entropy branching.
+        thinking_length: tokens up to the end of its thinking.
     """
 
     old_logps: np.ndarray
     step_ranges: list[tuple[int, int]]
     influence: np.ndarray | None = None
     entropies: np.ndarray | None = None
+    thinking_length: int = 0
 
 
 @dataclass(kw_only=True)
@@ -114,6 +116,11 @@ class PromptRollouts:
     def correct(self, threshold: float) -> list[bool]:
         """Which initial rollouts are correct."""
         return [rollout.reward >= threshold for rollout in self.rollouts]
+
+    @property
+    def num_mixed_trees(self) -> int:
+        """How many of its trees have leaves of different rewards: those in which branching tells steps apart."""
+        return sum(len({r.reward, *(branch.reward for branch in branches_of(r))}) > 1 for r in self.rollouts)
 
     def mean_influence(self) -> float:
         """ȳ: mean over the rollouts of the mean influence of their steps (eq. 8)."""

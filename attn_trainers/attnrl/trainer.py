@@ -21,6 +21,7 @@ from ..base.credit import (
     CreditMethod,
     SignalPass,
     group_accuracies,
+    mean_factors,
     weighted_rewards,
 )
 from ..base.forwards import signal_pass, timed
@@ -34,6 +35,7 @@ from .exploration import BranchPoints, choose_branch_points, choose_expanded, fi
 from .loss import LossMixin
 from .packed import PackingMixin
 from .pipeline import Pipeline
+from .reports import ReportsMixin
 from .rollouts import PromptRollouts
 from .rows import (
     LeafValues,
@@ -52,8 +54,10 @@ from .weights import part_weights
 
 logger = logging.getLogger(__name__)
 
+LINE_FIELDS = {"attnrl/influence/mean": "  influence {:.2g}", "attnrl/valid_ratio": "  mixed {:.0%}"}
 
-class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
+
+class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
@@ -74,6 +78,7 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
 
     Attributes:
         pipeline: what outlives a training step.
+        exhibits: what a run shows beside numbers (`log_trees`, `log_pages`).
         keeps_prompts: set it to have `last_prompts`.
         last_prompts: all prompts of the latest training batch, for reports; empty unless `keeps_prompts` is set.
         last_credit: what the credit method answered for it.
@@ -118,6 +123,7 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
         if credit is not None:
             self._tag_names = [*self._tag_names, credit.prefix]
             credit.setup(self.model, self._tokenizer, self.reward_func_names, self.args.seed)
+        self.line_fields |= LINE_FIELDS | dict(credit.line_fields if credit is not None else {})
         self.delimiters = StepDelimiters.from_tokenizer(
             self._tokenizer, self.args.end_of_thinking, self.args.step_mode
         )
@@ -239,9 +245,8 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
     # ---- from trees to micro-batches --------------------------------------------------------------------------------
 
     def _gather_prompts(self, prompts: Sequence[PromptRollouts]) -> list[PromptRollouts]:
-        """Prompts of all ranks, in the order of their draws; of their examples what the completions table shows."""
-        columns = ("prompt",) if self.log_completions else ()
-        local = [replace(prompt, example={name: prompt.example[name] for name in columns}) for prompt in prompts]
+        """Prompts of all ranks, in the order of their draws; of their examples what reports show."""
+        local = [replace(prompt, example={"prompt": prompt.example["prompt"]}) for prompt in prompts]
         return sorted(self.ranks.gather_list(local), key=lambda prompt: prompt.draw.serial)
 
     def _training_micro_batches(self, prompts: list[PromptRollouts], num_drawn: int) -> list[list[dict[str, Tensor]]]:
@@ -255,8 +260,7 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
         rows = [row for index in trained for row in rows_of[index]]
         if self.keeps_prompts:
             self.last_prompts = prompts
-        if self.log_completions:
-            self._log_completions(prompts, values_of)
+        self._offer_trees(prompts)
         updates = arrange_updates(
             rows,
             rows_per_update=args.rows_per_update,
@@ -267,10 +271,15 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
         )
         self._log_batch(prompts, rows_of, trained, num_drawn, updates)
         with self.timed("old_logps"):
-            parts = [self._complete_micro_batch(micro_batch) for update in updates for micro_batch in update]
-        if self.credit is not None and parts:
-            own = [micro_batch[self.ranks.index] for update in updates for micro_batch in update]
-            self._assign_credit(parts, [row_facts(rows or [None]) for rows in own])
+            micro_batches = [micro_batch for update in updates for micro_batch in update]
+            parts = [self._complete_micro_batch(part) for part in self.progress(micro_batches, "Old log-probs")]
+        facts = [row_facts(part[self.ranks.index] or [None]) for part in micro_batches]
+        credit = self._assign_credit(parts, facts) if self.credit is not None and parts else BatchCredit()
+        self.offer_page(
+            self.credit, credit, [signal for _, signal in parts], [batch["advantages"] for batch, _ in parts]
+        )
+        if self.log_completions:
+            self._log_completions(prompts, values_of, self._mean_factors(parts, facts, credit))
         batches = iter([batch for batch, _ in parts])
         return [self._weighted([next(batches) for _ in update], update) for update in updates]
 
@@ -369,7 +378,7 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
         parts = (values.split(counts) for values in (shaped, correct, group_accuracies(correct, groups)))
         return [LeafValues(r.tolist(), c.tolist(), a[0].item()) for r, c, a in zip(*parts, strict=True)]
 
-    def _assign_credit(self, parts, facts) -> None:
+    def _assign_credit(self, parts, facts) -> BatchCredit:
         """Give each micro-batch its factors, (B, T)."""
         context = CreditContext(
             ranks=self.ranks,
@@ -389,6 +398,16 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
         self.log_means(credit.totals, self.credit.prefix)
         self.last_credit = credit
         self.credit.report(credit, context)
+        return credit
+
+    def _mean_factors(self, parts, facts, credit: BatchCredit) -> dict[str, float]:
+        """Mean factor of each row of all ranks, by its key; a collective under a credit method."""
+        own = [
+            (key, factor)
+            for (_, signal), known, factors in zip(parts, facts, credit.factors or [], strict=bool(credit.factors))
+            for key, factor in zip(known.keys, mean_factors(signal.batch, factors), strict=True)
+        ]
+        return dict(self.ranks.gather_list(own)) if self.credit is not None else {}
 
     # ---- logs, card and checkpoints ---------------------------------------------------------------------------------
 

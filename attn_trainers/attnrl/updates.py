@@ -90,7 +90,7 @@ class UpdatesMixin:
         self._current_train_step_time += time.perf_counter() - start
         self._step, self.current_gradient_accumulation_steps = 0, len(micro_batches)
         losses = []
-        for index, micro_batch in enumerate(micro_batches):
+        for index, micro_batch in enumerate(self.progress(micro_batches, "Update")):
             with self._accumulating(model, is_last=index == len(micro_batches) - 1):
                 losses.append(super().training_step(model, micro_batch, num_items_in_batch))
         return torch.stack(losses).sum()

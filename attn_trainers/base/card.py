@@ -5,6 +5,7 @@ base models and adapters, and adds settings, evaluation and the code that loads 
 """
 
 import os
+import platform
 import re
 import shlex
 import sys
@@ -13,14 +14,16 @@ from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from accelerate.utils import is_peft_model
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..sampling.models import GENERIC_TOKENIZERS
 from ..tables import markdown_table
+from .results import latest_evaluations, logged_results, set_results
 
 
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")
@@ -56,11 +59,13 @@ class CardNotes:
         dataset: of the training problems: Hub id, file, or a description.
         evaluation: Markdown table of results; by default the last evaluation of the training log.
         evaluation_command: command that gave it.
+        results: the same for the card's metadata, which the Hub shows; by default those of the training log.
     """
 
     dataset: str | None = None
     evaluation: str | None = None
     evaluation_command: str | None = None
+    results: Sequence[EvalResult] = ()
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,14 @@ def replace_section(text: str, heading: str, body: str, before: str = "## Citati
     return "\n".join(lines[:start] + section + lines[end:]) + "\n"
 
 
-def write_evaluation(folder: str | Path, table: str, command: str) -> None:
+def write_evaluation(folder: str | Path, table: str, command: str, results: Sequence[EvalResult] = ()) -> None:
     """Put an evaluation into the card of a model in a local folder, in place of an earlier one.
+
+    Args:
+        folder: of the model.
+        table: Markdown table of the results.
+        command: that gave them.
+        results: the same for the card's metadata.
 
     Raises:
         ValueError: if the folder has no card.
@@ -177,6 +188,10 @@ def write_evaluation(folder: str | Path, table: str, command: str) -> None:
     if not path.exists():
         raise ValueError(f"folder={str(folder)!r} has no README.md; give the output folder of a trainer.")
     path.write_text(replace_section(path.read_text(), "## Evaluation", evaluation_body(table, command)))
+    if results:
+        card = ModelCard.load(path)
+        set_results(card, results, Path(folder).resolve().name)
+        card.save(path)
 
 
 def evaluation_body(table: str, command: str) -> str:
@@ -221,6 +236,10 @@ class CardMixin:
         """Settings of the method, by name, for the card."""
         return method_settings(self.args)
 
+    def card_sections(self, folder: Path) -> dict[str, str]:
+        """Further sections of the card by heading; files that they show are written into the folder."""
+        return {}
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         dataset = dataset_name or self.card_notes.dataset
         super().create_model_card(model_name, dataset if dataset and is_hub_dataset(dataset) else None, tags)
@@ -229,6 +248,7 @@ class CardMixin:
         path = Path(self.args.output_dir) / "README.md"
         card = ModelCard.load(path)
         self._correct_metadata(card)
+        set_results(card, self.card_notes.results or logged_results(self.state.log_history), str(model_name))
         text = card.text
         sentence = self._origin().sentence(is_peft_model(self.model), dataset)
         text = re.sub(r"^This model is a fine-tuned version of .*$", lambda _: sentence, text, count=1, flags=re.M)
@@ -236,6 +256,8 @@ class CardMixin:
         settings = {f"### Settings of {self._name}": self.card_settings(), "### Training": self._training_settings()}
         for heading, values in settings.items():
             text = replace_section(text, heading, _settings_table(values), before="### Framework versions")
+        for heading, body in self.card_sections(path.parent).items():
+            text = replace_section(text, heading, body)
         text = replace_section(text, "## Evaluation", self._evaluation(model_name))
         versions = "\n".join(f"- {name}: {number}" for name, number in self._versions().items())
         card.text = replace_section(text, "### Framework versions", versions)
@@ -262,6 +284,7 @@ class CardMixin:
         settings["rows per update"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
         settings["updates"] = self.state.global_step
         settings["ranks"] = ranks
+        settings["hardware"] = hardware(ranks)
         if is_peft_model(self.model):
             adapter = self.model.peft_config[self.model.active_adapter]
             settings["LoRA rank"], settings["LoRA alpha"] = adapter.r, adapter.lora_alpha
@@ -332,16 +355,19 @@ class CardMixin:
 
 def evaluation_table(log_history: Sequence[Mapping[str, float]]) -> str | None:
     """The last value of each data set's rewards, pass@k and lengths in a training log; `None` if none is there."""
-    latest: dict[str, dict[str, float]] = {}
-    for entry in log_history:
-        for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(?:(.+)_)?(reward|pass@\d+|completions/mean_(?:thinking_)?length)", key):
-                latest.setdefault(match[1] or "evaluation", {})[match[2]] = value
+    latest = latest_evaluations(log_history)
     if not latest:
         return None
     columns = sorted({column for values in latest.values() for column in values})
     rows = [[name, *(_number(values.get(column)) for column in columns)] for name, values in latest.items()]
     return markdown_table(["data", *columns], rows)
+
+
+def hardware(ranks: int) -> str:
+    """What the run's ranks computed on."""
+    if torch.cuda.is_available():
+        return f"{ranks} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
 def _number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
 
 from .checkpoints import check_save_interval, steps_between_generations
@@ -24,11 +25,30 @@ class MethodConfig(GRPOConfig):
             Text that ends the thinking part.
         accuracy_reward (`str`, *optional*):
             Name of the reward function that says whether a response is correct. Default: the first.
+
+        > Parameters that control reports
+
+        log_line (`bool`, *optional*, defaults to `True`):
+            Whether each log prints one line (reward, length, what the method watches) in place of all metrics. What
+            goes to the log and the trackers is the same.
+        log_pages (`bool`, *optional*, defaults to `False`):
+            Whether each log has a page of one completion that shows where credit went, in `output_dir/pages` and in
+            trackio, wandb and TensorBoard, those that `report_to` names.
+        push_revisions (`bool`, *optional*, defaults to `False`):
+            Whether each checkpoint is pushed to a branch of its own, `step-N`, of the model's repository. Needs
+            `push_to_hub`. What goes to the main branch is `hub_strategy`'s.
     """
 
     end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
     accuracy_reward: str | None = field(
         default=None, metadata={"help": "Name of the reward function that is the correctness. Default: the first."}
+    )
+    log_line: bool = field(default=True, metadata={"help": "Print one line at each log, not all metrics."})
+    log_pages: bool = field(
+        default=False, metadata={"help": "Show at each log where credit went in one completion: a page, trackers too."}
+    )
+    push_revisions: bool = field(
+        default=False, metadata={"help": "Push each checkpoint to a branch step-N of the model's repository."}
     )
 
     def __post_init__(self):
@@ -38,6 +58,14 @@ class MethodConfig(GRPOConfig):
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
             )
         self.check_saves()
+        if self.push_revisions and not self.push_to_hub:
+            raise ValueError(
+                "push_revisions=True with push_to_hub=False has no repository to push to; set push_to_hub=True."
+            )
+        if self.push_revisions and self.save_strategy == SaveStrategy.NO:
+            raise ValueError(
+                "push_revisions=True with save_strategy='no' has no checkpoint to push; set save_strategy='steps'."
+            )
 
     @property
     def updates_per_batch(self) -> int:

@@ -6,9 +6,10 @@ multiplies the advantages. It knows nothing of where the completions come from: 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..attention import AttentionObserver
+from .exhibits import Page
 from .ranks import Ranks, Totals
 from .report import Report
 
@@ -147,9 +149,11 @@ class CreditMethod(ABC):
         prefix: under which its metrics appear.
         needs_entropies: whether `SignalPass.entropies` is wanted.
         success_threshold: least weighted reward of a correct completion.
+        line_fields: metrics of its own in the line at each log, as `attn_trainers.base.log_line` takes them.
     """
 
     prefix: str
+    line_fields: Mapping[str, str] = MappingProxyType({})
     needs_entropies: bool = False
     success_threshold: float = 0.5
 
@@ -237,6 +241,10 @@ class CreditMethod(ABC):
     def report(self, credit: BatchCredit, context: CreditContext) -> None:
         """Write what it shows of a generation batch, once it is logged."""
 
+    def page(self, credit: BatchCredit, title: str) -> Page | None:
+        """A page of one of this rank's completions, on the first rank; `None` for one that shades tokens by factor."""
+        return None
+
     def state_dict(self) -> dict:
         """What outlives a batch, as JSON types."""
         return {}
@@ -251,6 +259,17 @@ def pad_rows(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     return padded
+
+
+def mean_factors(batch: CompletionBatch, factors: Tensor) -> list[float]:
+    """Mean factor over the tokens of each row, 1 for a row without tokens.
+
+    Args:
+        batch: B rows.
+        factors: (B, T).
+    """
+    lengths = map(len, batch.completion_ids)
+    return [row[:length].mean().item() if length else 1.0 for row, length in zip(factors, lengths, strict=True)]
 
 
 def weighted_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:

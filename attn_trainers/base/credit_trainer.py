@@ -17,6 +17,7 @@ from .credit import (
     RowFacts,
     SignalPass,
     group_accuracies,
+    mean_factors,
     weighted_rewards,
 )
 from .forwards import TimedObserver, observed, signal_pass, timed, without_dropout
@@ -63,6 +64,7 @@ class CreditTrainer(BaseTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.credit = credit if credit is not None else self.credit_of(self.args)
         self.credit.setup(self.model, self._tokenizer, self.reward_func_names, self.args.seed)
+        self.line_fields |= self.credit.line_fields
         self.last_credit = BatchCredit()
         self.last_rewards_per_func: Tensor | None = None
         self._scored: _Scored | None = None  # while a generation batch is on its way through TRL
@@ -126,8 +128,11 @@ class CreditTrainer(BaseTrainer):
         self.log_values(credit.values | {"seconds/attention": signal.seconds}, self.credit.prefix)
         self.log_means(credit.totals, self.credit.prefix)
         if self.log_completions:
-            for name, values in credit.columns.items():
-                self._logs["extra"][f"{self.credit.prefix}/{name}"].extend(self.ranks.gather_list(values))
+            columns = {f"{self.credit.prefix}/{name}": values for name, values in credit.columns.items()}
+            columns["credit"] = mean_factors(signal.batch, credit.factors[0]) if credit.factors else [1.0] * rows
+            for name, values in columns.items():
+                self.add_column(name, self.ranks.gather_list(values))
+        self.offer_page(self.credit, credit, [signal], [output["advantages"].view(rows, -1)])
         self.last_credit, self.last_rewards_per_func = credit, scored.shaped
         self.credit.report(credit, context)
 
@@ -139,6 +144,8 @@ class CreditTrainer(BaseTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (ranks·B, F)
         if self._scored is None:
             return rewards
+        thinking = self.thinking_lengths(prompts, completion_ids_list)
+        self.log_means({"completions/mean_thinking_length": (float(sum(thinking)), float(len(thinking)))}, "")
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
         lengths = self.ranks.gather(lengths)  # (ranks·B,)
         groups = self._groups(len(lengths))

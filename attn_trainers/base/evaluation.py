@@ -1,5 +1,7 @@
 """pass@k and thinking lengths during training, from what TRL's own evaluation generates and scores anyway."""
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.utils import gather_object
 
@@ -29,6 +31,7 @@ class EvaluationMixin:
                 f"{', '.join(self.reward_func_names)}."
             )
         self.accuracy_column = self.reward_func_names.index(name)
+        self.own_columns: set[str] = set()  # of the table of completions, which only training fills
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         self._metric_key_prefix = metric_key_prefix
@@ -46,6 +49,28 @@ class EvaluationMixin:
             self._metrics["eval"].update({f"{name}_{key}": values for key, values in measured.items()})
         super().log(logs, start_time)
 
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            # In the table of completions, rows of an evaluation have no value in columns of the training's own.
+            for column in self.own_columns & self._logs["extra"].keys():
+                self._logs["extra"][column].extend([None] * len(inputs) * self.accelerator.num_processes)
+        return output
+
+    def add_column(self, name: str, values: Sequence) -> None:
+        """Add values of all ranks' latest training rows to a column of the table of completions."""
+        self.own_columns.add(name)
+        column = self._logs["extra"][name]
+        if not column:
+            column.extend([None] * (len(self._logs["prompt"]) - len(values)))
+        column.extend(values)
+
+    def thinking_lengths(self, prompts, completion_ids_list) -> list[int]:
+        """Tokens of the thinking of each completion."""
+        prompt_ids, _, _ = self._tokenize_prompts(prompts)
+        pairs = zip(prompt_ids, completion_ids_list, strict=True)
+        return [self.thinking.count_tokens(prompt, ids) for prompt, ids in pairs]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (ranks·B, F)
         if not self.model.training:
@@ -56,8 +81,6 @@ class EvaluationMixin:
             for k in default_pass_at(n):
                 # One entry per prompt: TRL logs the mean of the entries.
                 self._metrics["eval"][f"pass@{k}"].extend(pass_at_k(n, c, k) for c in right)
-            prompt_ids, _, _ = self._tokenize_prompts(prompts)
-            pairs = zip(prompt_ids, completion_ids_list, strict=True)
-            lengths = [self.thinking.count_tokens(prompt, ids) for prompt, ids in pairs]
+            lengths = self.thinking_lengths(prompts, completion_ids_list)
             self._metrics["eval"]["completions/mean_thinking_length"].extend(gather_object(lengths))
         return rewards

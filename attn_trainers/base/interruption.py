@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import steps_between_generations
+from .revisions import RevisionPushes, add_card
 
 
 logger = logging.getLogger(__name__)
@@ -155,6 +157,9 @@ class SafeExitMixin:
             )
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self._checkpoint_to_push: str | None = None
+        self._revisions: RevisionPushes | None = None
+        if args.push_revisions and self.is_world_process_zero():
+            self._revisions = RevisionPushes(HfApi(token=args.hub_token), self.hub_model_id)
         self._safe_exit = SafeExitCallback(self)
         self.add_callback(self._safe_exit)
 
@@ -187,9 +192,14 @@ class SafeExitMixin:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = f"{output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self._revisions is not None:
+                add_card(output_dir, folder)
             seal_checkpoint(folder)
-            best = self.state.best_model_checkpoint
-            remove_old_checkpoints(output_dir, self.args.save_total_limit, [folder, *([best] if best else [])])
+            kept = [folder, self.state.best_model_checkpoint]
+            if self._revisions is not None:
+                self._revisions.start(folder, self.state.global_step)
+                kept += self._revisions.folders
+            remove_old_checkpoints(output_dir, self.args.save_total_limit, [path for path in kept if path])
         if self._checkpoint_to_push is not None:
             super()._push_from_checkpoint(self._checkpoint_to_push)
             self._checkpoint_to_push = None
@@ -204,6 +214,8 @@ class SafeExitMixin:
             output = super().train(*args, **kwargs)
         finally:
             self._safe_exit.restore_handler()
+            if self._revisions is not None:
+                self._revisions.finish()
         if self._safe_exit.interrupted:
             step = self.state.global_step
             self.accelerator.print(f"Stopped by SIGTERM after step {step}; launch the same command again to go on.")

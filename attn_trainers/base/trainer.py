@@ -1,9 +1,11 @@
 """The base of all trainers here: TRL's `GRPOTrainer` with what a long run needs around any method."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from torch import Tensor
+from tqdm.auto import tqdm
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -11,18 +13,26 @@ from ..thinking import EndOfThinking
 from .card import CardMixin
 from .checkpoints import read_state, write_state
 from .config import MethodConfig
+from .credit import BatchCredit, CreditMethod, SignalPass
 from .evaluation import EvaluationMixin
+from .exhibits import ExhibitCallback, completions_markdown
 from .forwards import ForwardMixin
 from .generation import GenerationMixin
 from .interruption import SafeExitMixin
+from .log_line import COMMON, print_lines
+from .pages import telling_row
 from .ranks import Ranks, Totals
+
+
+TABLE_ROWS = 16  # completions in TensorBoard where `num_completions_to_print` says nothing
 
 
 class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, ForwardMixin, GRPOTrainer):
     """
     `GRPOTrainer` that generates with a limit per request and syncs vLLM right on any device (`GenerationMixin`), logs
     pass@k in evaluation (`EvaluationMixin`), leaves only whole checkpoints, one of them on SIGTERM (`SafeExitMixin`),
-    and writes a card that tells method and settings (`CardMixin`).
+    and writes a card that tells method and settings (`CardMixin`). What it shows of a run goes to the output folder
+    and the trackers (`exhibits`).
 
     A subclass names its `config_class` and `metric_prefix`, and says by `method_state` what outlives a step.
     """
@@ -53,6 +63,11 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
         self._refuse_images()
         self.ranks = Ranks(self.accelerator)
         self.thinking = EndOfThinking(self._tokenizer, self.args.end_of_thinking)
+        self.exhibits = ExhibitCallback(self.args.output_dir, lambda: self.callback_handler.callbacks)
+        self.add_callback(self.exhibits)
+        self.line_fields = dict(COMMON)  # of the line at each log
+        if self.args.log_line:
+            print_lines(self, self.line_fields)
 
     def _refuse_images(self) -> None:
         columns = (self.train_dataset.column_names if self.train_dataset is not None else None) or []
@@ -91,6 +106,49 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
     def log_means(self, totals: Totals, prefix: str) -> None:
         """Log each value's sum over its count, both over all ranks, in one collective; names are the same on all."""
         self.log_values(self.ranks.means(totals), prefix)
+
+    def log(self, logs, start_time=None):
+        has_rows = self.log_completions and self.model.training and bool(self._logs["prompt"])
+        if has_rows and self.ranks.is_first and "train_runtime" not in logs:  # the end of a run has no rows of its own
+            names = {"prompt": "prompt", "completion": "completion", "advantages": "advantage"}
+            columns = {shown: list(self._logs[name]) for name, shown in names.items()}
+            columns |= {name: list(v) for kind in ("rewards", "extra") for name, v in self._logs[kind].items()}
+            count = self.num_completions_to_print or TABLE_ROWS
+            self.exhibits.offer_completions(lambda: completions_markdown(columns, count, self.log_unique_prompts))
+        super().log(logs, start_time)
+
+    def offer_page(
+        self,
+        method: CreditMethod | None,
+        credit: BatchCredit,
+        passes: Sequence[SignalPass],
+        advantages: Sequence[Tensor],
+    ) -> None:
+        """Have the next log show a page of this rank's rows, if `log_pages` is set: the credit method's own, or one of
+        the row whose tokens differ most in advantage times factor.
+
+        Args:
+            method: the credit method, if there is one.
+            credit: what it answered.
+            passes: the rows of a generation batch.
+            advantages: per pass (B, 1) or (B, T).
+        """
+        if not (self.args.log_pages and self.ranks.is_first and passes):
+            return
+        title = f"Step {self.state.global_step}"
+        row = telling_row(passes, advantages, credit.factors)
+
+        def make():
+            page = None if method is None else method.page(credit, title)
+            return page or row.page(self._tokenizer, title)
+
+        self.exhibits.offer("pages", make)
+
+    def progress(self, items: Iterable, what: str) -> tqdm:
+        """The items, with a bar on the first rank's terminal that goes when they are done."""
+        # `None`: no bar where the output is no terminal.
+        hidden = True if self.args.disable_tqdm or not self.ranks.is_first else None
+        return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=hidden)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -68,6 +68,7 @@ class RhythmCredit(CreditMethod):
     """
 
     prefix = "rhythm"
+    line_fields = {"rhythm/mean_factor": "  factor {:.2f}", "rhythm/amplified_share": "  amplified {:.0%}"}
 
     def __init__(self, options: RhythmOptions):
         self.options = options

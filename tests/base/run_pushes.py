@@ -41,7 +41,10 @@ class Hub(BaseHTTPRequestHandler):
             valid = base is None or re.fullmatch(r"[\w.-]+/[\w.-]+", base[1])
             errors = [] if valid else [{"message": f"base_model {base[1]} is no model id"}]
             return self.answer({"warnings": [], "errors": errors}, 200 if valid else 400)
-        if match := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+        if match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
+            self.files.setdefault(at(match[1], match[2]), {})
+            return self.answer({})
+        if match := re.fullmatch(r"/api/models/(.+)/preupload/[^/]+", path):
             names = [file["path"] for file in json.loads(body)["files"]]
             large = (".safetensors", ".bin", ".parquet")
             modes = {name: "lfs" if name.endswith(large) else "regular" for name in names}
@@ -54,15 +57,16 @@ class Hub(BaseHTTPRequestHandler):
                 for o in json.loads(body)["objects"]
             ]
             return self.answer({"transfer": "basic", "objects": actions})
-        if match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+        if match := re.fullmatch(r"/api/models/(.+)/commit/([^/]+)", path):
+            files = self.files[at(match[1], match[2])]
             if Hub.refuses_commits:
                 return self.answer({"error": "storage quota exceeded"}, 403)
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
-                    self.files[match[1]][value["path"]] = base64.b64decode(value["content"])
+                    files[value["path"]] = base64.b64decode(value["content"])
                 if line["key"] == "lfsFile":
-                    self.files[match[1]][value["path"]] = self.objects[value["oid"]]
+                    files[value["path"]] = self.objects[value["oid"]]
             return self.answer({"commitUrl": f"{self.base}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
         return self.answer({"error": path}, 404)
 
@@ -104,6 +108,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def at(repository: str, branch: str) -> str:
+    """Key of a branch's files."""
+    return repository if branch == "main" else f"{repository}@{branch}"
 
 
 def launch(recipe: Path, *arguments: object) -> str | None:
@@ -148,11 +157,11 @@ def push_models(recipes: Path, folder: Path, data: Path) -> dict:
         "--generation_batch_size 8 --gradient_checkpointing false --learning_rate 0.01"
     ).split()
     full = f"--output_dir {folder}/full --hub_model_id me/full --num_rollouts 2 --num_branch_points 1"
-    full = [*common, *full.split(), "--rollouts_per_branch", "1"]
+    full = [*common, *full.split(), "--rollouts_per_branch", "1", "--push_revisions"]
     adapter = (
         f"--output_dir {folder}/adapter --hub_model_id me/adapter --problem_column problem --answer_column answer"
     )
-    adapter += " --num_generations 4 --use_peft --lora_r 4 --lora_target_modules all-linear"
+    adapter += " --push_revisions --num_generations 4 --use_peft --lora_r 4 --lora_target_modules all-linear"
     arm = (
         f"--cache_dir {folder}/cache --warm_start_steps 2 --num_operations 2 --num_train_problems 24 "
         "--num_eval_problems 4 --arms coupled --seeds 0 --max_steps 1 --per_device_train_batch_size 16 "

@@ -16,11 +16,14 @@ from attn_trainers.base.card import (
     CardNotes,
     Origin,
     evaluation_table,
+    hardware,
     public_command,
     publish,
     replace_section,
     write_evaluation,
 )
+from attn_trainers.base.results import logged_results, summary_results
+from attn_trainers.evaluation.statistics import Estimate, Summary
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.tiny.byte_model import build_byte_model
 from tests.helpers import ROOT
@@ -87,6 +90,7 @@ def test_card_of_a_local_base(method, lora, byte_model, tmp_path):
     settings = table(card.text)
     for name, value in METHOD_SETTINGS[method].items():
         assert settings[name] == f"`{value}`"
+    assert settings["hardware"] == f"`{hardware(1)}`"
     assert settings["rows per update"] == "`4`" and settings["updates"] == "`0`"
     if lora:
         assert (settings["LoRA rank"], settings["LoRA modules"]) == ("`4`", "`q_proj, v_proj`")
@@ -151,6 +155,18 @@ def test_evaluation_is_written_into_a_card(tmp_path):
     )
 
 
+def test_results_become_metadata_that_the_hub_shows(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: [x]\n---\n# A\n")
+    estimate = Estimate(0.4375, 0.1)
+    summary = Summary("aime24", 30, 32, {1: estimate, 8: Estimate(0.75, 0.1)}, *[estimate] * 4, 0.0)
+    for _ in range(2):  # a later evaluation takes the place of an earlier one
+        write_evaluation(tmp_path, "| a |", "command", summary_results([summary]))
+    card = ModelCard.load(tmp_path / "README.md")
+    found = [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results]
+    assert found == [("aime24", "pass@1", 0.4375), ("aime24", "pass@8", 0.75)]
+    assert card.data.model_name == tmp_path.name and card.data.tags == ["x"] and "| a |" in card.text
+
+
 def test_last_evaluation_of_the_log():
     log = [
         {"loss": 0.1},
@@ -167,6 +183,7 @@ def test_last_evaluation_of_the_log():
     assert [cell.strip() for cell in aime.strip("|").split("|")] == ["aime", "", "0.5", "0.5"]
     assert [cell.strip() for cell in math.strip("|").split("|")] == ["math", "7.5", "", "1"]
     assert evaluation_table([{"loss": 0.1}]) is None
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in logged_results(log)] == [("aime", "pass@4", 0.5)]
 
 
 def test_public_command_holds_no_tokens_and_no_folders():
@@ -193,8 +210,10 @@ def test_recipes_push_what_they_trained(environment, tmp_path):
     full = ["README.md", "config.json", "generation_config.json", "model.safetensors", *tokenizer]
     adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors", *tokenizer]
     assert result["files"] == {
-        "me/full": sorted(full),
+        "me/full": sorted([*full, "trees.png"]),
+        "me/full@step-2": [],  # the Hub refused it; the run went on
         "me/adapter": sorted(adapter),
+        "me/adapter@step-2": sorted(adapter),
         "me/arm": sorted([*full, "results.jsonl", "results.md", "results.png"]),
     }
     assert (result["full_tensors"], result["adapter_tensors"]) == (27, 28)  # 2 layers; 7 linear maps each, A and B
