@@ -1,5 +1,6 @@
 """The checks by name, and what one finds."""
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -55,9 +56,8 @@ class Finding:
     @property
     def goal(self) -> str:
         """The goal in words."""
-        words = [f"at least {self.least:.4g}"] * (self.least is not None)
-        words += [f"at most {self.most:.4g}"] * (self.most is not None)
-        return ", ".join(words)
+        bounds = {"at least": self.least, "at most": self.most}
+        return ", ".join(f"{word} {bound:.4g}" for word, bound in bounds.items() if bound is not None)
 
     @property
     def status(self) -> str:
@@ -94,6 +94,13 @@ class Check:
 
 
 CHECKS: dict[str, Check] = {}
+
+
+def load_checks() -> dict[str, Check]:
+    """All checks in the order in which they run: the cheap ones first, `step_time` after what it compares."""
+    for module in ("signals", "engine", "training"):
+        importlib.import_module(f".{module}", __package__)
+    return CHECKS
 
 
 def check(name: str, seconds: int, *, needs_cuda: str = "", in_smoke: bool = True) -> Callable:
