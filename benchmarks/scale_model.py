@@ -153,26 +153,26 @@ def decode_seconds(
     """
     kv_bytes = 4 * model.layers * model.key_width
     room = hardware.cache_share * hardware.memory / kv_bytes
-    waiting = [(*r, False) for r in sorted(later, key=sum)] + [(*r, True) for r in sorted(requests, key=sum)]
-    running: list[list] = []  # context so far, tokens to come, whether it is waited for
-    seconds, used = forward_flops(model, sum(c for c, *_ in waiting), PROMPT_TOKENS), 0.0
-    seconds /= hardware.flops * hardware.training_share  # prefill
-    first = seconds
-    while waiting or running:
-        while waiting and (not running or used + sum(waiting[-1][:2]) <= room):
-            running.append(list(waiting.pop()))
-            used += sum(running[-1][:2])
-        steps = max(1, min(left for _, left, _ in running))
-        held = sum(context for context, *_ in running) + steps * len(running) / 2
-        read = (2 * model.parameters + held * kv_bytes) / (hardware.memory_bandwidth * hardware.decode_share)
-        computed = 2 * model.parameters * len(running) / (hardware.flops * hardware.training_share)
-        seconds += steps * (max(read, computed) + hardware.decode_overhead)
-        for one in running:
-            one[0], one[1] = one[0] + steps, one[1] - steps
-        used -= sum(context for context, left, _ in running if left <= 0)
-        if any(urgent for *_, urgent in running):
+    order = [(*r, True) for r in sorted(requests, key=sum)[::-1]] + [(*r, False) for r in sorted(later, key=sum)[::-1]]
+    context, left, urgent = np.array(order).T  # (n,), in the order in which they are taken
+    held = np.cumsum(context + left)  # tokens of cache, with all before
+    taken, done, freed = 0, np.zeros(len(order), dtype=bool), 0
+    compute = hardware.flops * hardware.training_share
+    first = seconds = forward_flops(model, context.sum(), PROMPT_TOKENS) / compute  # prefill
+    while not done.all():
+        taken = max(int(np.searchsorted(held, room + freed, side="right")), int(done.sum()) + 1, taken)
+        running = np.flatnonzero(~done[:taken])
+        steps = int(left[running].min())
+        cached = context[running].sum() + steps * len(running) / 2
+        read = (2 * model.parameters + cached * kv_bytes) / (hardware.memory_bandwidth * hardware.decode_share)
+        seconds += steps * (max(read, 2 * model.parameters * len(running) / compute) + hardware.decode_overhead)
+        if urgent[running].any():
             first = seconds
-        running = [one for one in running if one[1] > 0]
+        context[running] += steps
+        left[running] -= steps
+        ended = running[left[running] <= 0]
+        done[ended] = True
+        freed += int(context[ended].sum())
     return first, seconds
 
 
@@ -183,16 +183,15 @@ Requests = list[list[tuple[int, int]]]
 def sampling_seconds(
     model: Model, hardware: Hardware, prompts: Requests, engines: int, later: Requests = ()
 ) -> tuple[float, float]:
-    """Of the slowest engine, of which each has every so-manieth prompt: until `prompts` are done, and until all are."""
-    ends = [
-        decode_seconds(
-            model,
-            hardware,
-            [r for prompt in prompts[rank::engines] for r in prompt],
-            [r for prompt in later[rank::engines] for r in prompt],
-        )
-        for rank in range(engines)
-    ]
+    """Of the slowest engine, prompts dealt in turn: seconds until `prompts` are done, and until `later` are too."""
+    own, own_later = (
+        [[r for prompt in kind[rank::engines] for r in prompt] for rank in range(engines)] for kind in (prompts, later)
+    )
+    work = [sum(left for _, left in a + b) for a, b in zip(own, own_later, strict=True)]
+    longest = [max((left for _, left in a + b), default=0) for a, b in zip(own, own_later, strict=True)]
+    # The slowest is one with the most tokens, or with the longest completion: no need to run all of them.
+    ranks = {r for key in (work, longest) for r in sorted(range(engines), key=key.__getitem__)[-8:] if key[r]}
+    ends = [decode_seconds(model, hardware, own[rank], own_later[rank]) for rank in ranks]
     return max(first for first, _ in ends), max(last for _, last in ends)
 
 

@@ -114,10 +114,15 @@ def even_ranges(length: int, num_steps: int) -> list[tuple[int, int]]:
 
 
 def eager_influence(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, ranges: list[tuple[int, int]], delta: int = 4
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    ranges: list[tuple[int, int]],
+    delta: int = 4,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Influence from eager attention maps, (steps,): what the fused way replaces."""
-    dtype = model.dtype
+    """Influence from eager attention maps, (steps,): what the fused way replaces; pooled in `dtype`, the model's."""
+    dtype = dtype or model.dtype
     steps = torch.zeros(len(ranges), ids.shape[1], dtype=dtype, device=ids.device)  # (S, T)
     for step, (start, end) in enumerate(ranges):
         steps[step, start:end] = 1.0 / (end - start)
@@ -130,6 +135,6 @@ def eager_influence(
     later = torch.ones(len(ranges), len(ranges), device=ids.device).tril(-delta)  # [j, k]: j >= k + delta
     influence = torch.zeros(len(ranges), device=ids.device)
     for maps in output:  # (1, H, T, T)
-        pooled = torch.einsum("jt,htu,ku->hjk", steps, maps[0], steps)
+        pooled = torch.einsum("jt,htu,ku->hjk", steps, maps[0].to(dtype), steps)
         influence = influence.maximum((pooled * later).sum(dim=1).amax(dim=0))
     return influence

@@ -33,7 +33,7 @@ def compare_capture(context: Context, implementation: str) -> list[Finding]:
     mask, ranges = torch.ones_like(ids), even_ranges(length, steps)
     wanted = eager_influence(exact, ids, mask, ranges)
     del exact
-    own = eager_influence(load(context, "sdpa", half), ids, mask, ranges)
+    own = eager_influence(load(context, "sdpa", half), ids, mask, ranges, dtype=torch.float32)
     model = load(context, implementation, half)
     plain = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     observer = InfluenceObserver(mask, [ranges])
