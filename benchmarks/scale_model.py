@@ -31,6 +31,7 @@ from attn_trainers.tables import markdown_table
 
 PROMPTS, ROLLOUTS, MEAN_TOKENS = 64, 6, 3000
 GPUS = (1, 8, 64, 256)
+GROWN = 64  # GPUs for which a batch that grows with them is tried too; 2,048 prompts for 256 are 4 GB of rows
 PARTS = ("sampling", "forwards", "backward", "gradients", "sync", "rewards", "gathers")
 COLOURS = ("#2f6db3", "#6fa8dc", "#d9822b", "#f0b775", "#8a4fae", "#3c9d5b", "#888888")
 START, END = "<!-- made by benchmarks/scale_model.py -->", "<!-- end -->"
@@ -345,14 +346,14 @@ def layouts(gpus: int) -> dict[str, Setup]:
     if gpus > 1:
         ways["server on 50 %, packed"] = Setup(server=0.5)
         ways["the same, all sent at once"] = Setup(server=0.5, at_once=True)
-    if gpus > 8:
+    if gpus == GROWN:
         ways["colocate, packed, 8 prompts a GPU"] = Setup(prompts=8 * gpus)
     return ways
 
 
 def simulate(hardware: Hardware, host: HostCosts) -> list[dict]:
     """A result per model, number of GPUs and layout."""
-    batches = {prompts: Batch.draw(prompts) for prompts in {PROMPTS, *(8 * gpus for gpus in GPUS if gpus > 8)}}
+    batches = {prompts: Batch.draw(prompts) for prompts in (PROMPTS, 8 * GROWN)}
     results = []
     for model in MODELS:
         for gpus in GPUS:
@@ -449,6 +450,7 @@ def main() -> None:
     print(f"Drawn in {args.output / 'shares.png'}.")
     if args.write:
         write_document(args.write, text)
+        draw(results, args.write.with_suffix(".png"))
 
 
 if __name__ == "__main__":
