@@ -65,6 +65,7 @@ def test_a_record_has_the_worst_status_of_its_findings(monkeypatch, context, res
     assert gpu_run.run_check(Check("a", None, 60), context, 1e9)["status"] == status
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_is_ended_and_one_that_dies_is_told(context):
     check = Check("capture_sdpa", None, 60)
     assert "not done after 0 s" in gpu_run.run_worker(check, context, 0.2)["error"]
