@@ -18,7 +18,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
 
 WAYS = {
@@ -29,30 +28,13 @@ WAYS = {
     "rhythm_alone": "forward for rhythm alone",
     "eager": "eager maps + einsum",
 }
-SHAPES = {
-    "cpu": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "vocab_size": 4096,
-    },
-    "cuda": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-    },
-}
-ANSWER_SHARE = 0.1  # of the sequence, for the key-focus scores
 
 
 def main() -> None:
     args = parse_args()
     if args.worker:
+        from attn_trainers.gpu_check.attention_cost import measure
+
         print(json.dumps(measure(json.loads(args.worker))))
         return
     ways = ["plain", "fci"] + ["heads"] * bool(args.heads) + ["rhythm", "rhythm_alone"] * args.rhythm
@@ -117,125 +99,6 @@ def print_table(rows: list[tuple]) -> None:
         print("| " + " | ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
         if number == 0:
             print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-
-
-def measure(task: dict) -> dict:
-    """Run the ways of one task in turn; seconds per way and repeat, peak memory in MiB."""
-    import torch
-
-    device = task["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, run = prepare(task, device)
-    with torch.no_grad():
-        if len(task["ways"]) > 1:
-            for way in task["ways"]:
-                run(way)  # warm-up: first calls allocate and choose kernels
-        idle = peak_memory(device, reset=True)
-        seconds: dict[str, list[float]] = {way: [] for way in task["ways"]}
-        for _ in range(task["repeats"]):
-            for way in task["ways"]:
-                start = now(device)
-                run(way)
-                seconds[way].append(now(device) - start)
-    peak = peak_memory(device, reset=False)
-    return {"seconds": seconds, "peak": peak, "own": peak - idle}
-
-
-def prepare(task: dict, device: str):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
-
-    from attn_trainers.attention import (
-        InfluenceObserver,
-        KeyFocusObserver,
-        RhythmObserver,
-        forward_for_attention,
-        middle_layers,
-        observe_attention,
-    )
-
-    set_seed(0)
-    length, num_steps = task["length"], task["steps"]
-    config = Qwen2Config(**SHAPES[device], max_position_embeddings=length)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with torch.device(device):
-        model = Qwen2ForCausalLM(config).to(dtype).eval()
-    ids = torch.randint(0, config.vocab_size, (1, length), device=device)
-    mask = torch.ones_like(ids)
-    edges = torch.linspace(0, length, num_steps + 2).long().tolist()  # the prompt is range 0
-    ranges = [list(zip(edges[:-1], edges[1:], strict=True))]
-    layers = middle_layers(config.num_hidden_layers)
-    heads = [(layers[i % len(layers)], i) for i in range(task["heads"])]
-    answer = length - int(length * ANSWER_SHARE)
-    thinking = [[(start, end) for start, end in ranges[0][1:] if end <= answer]]
-    observers = {
-        "fci": lambda: InfluenceObserver(mask, ranges),
-        "heads": lambda: KeyFocusObserver(mask, thinking, [answer], heads),
-        "rhythm": lambda: RhythmObserver(mask, [edges[1]], layers),
-    }
-
-    def forward():
-        return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-
-    def run(way: str) -> None:
-        if way == "plain":
-            forward()
-        elif way == "rhythm_alone":
-            forward_for_attention(model, ids, mask, observers["rhythm"]())
-        elif way == "eager":
-            eager_influence(model, ids, mask, ranges[0])
-        else:
-            observer = observers[way]()
-            with observe_attention(model, observer):
-                forward()
-            observer.result()
-
-    return model, run
-
-
-def eager_influence(model, ids, mask, ranges: list[tuple[int, int]], delta: int = 4):
-    """FCI from eager attention maps: what the fused way replaces."""
-    import torch
-
-    steps = torch.zeros(len(ranges), ids.shape[1], dtype=model.dtype, device=ids.device)  # (S, T)
-    for step, (start, end) in enumerate(ranges):
-        steps[step, start:end] = 1.0 / (end - start)
-    usual = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    output = model(
-        input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, output_attentions=True
-    ).attentions
-    model.set_attn_implementation(usual)
-    later = torch.ones(len(ranges), len(ranges), device=ids.device).tril(-delta)  # [j, k]: j >= k + delta
-    influence = torch.zeros(len(ranges), device=ids.device)
-    for maps in output:  # (1, H, T, T)
-        pooled = torch.einsum("jt,htu,ku->hjk", steps, maps[0], steps)
-        influence = influence.maximum((pooled * later).sum(dim=1).amax(dim=0))
-    return influence
-
-
-def now(device: str) -> float:
-    import torch
-
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_memory(device: str, *, reset: bool) -> float:
-    """Highest memory so far in MiB; with `reset`, the current one, from which the peak is counted anew."""
-    import torch
-
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2**20
-    if reset:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        field = next(line for line in file if line.startswith("VmHWM"))
-    return int(field.split()[1]) / 2**10
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 
@@ -43,13 +42,14 @@ SHAPES = {
     },
 }
 BRANCH_POINTS = ((0.1, 0.3), (0.2, 0.4), (0.4, 0.6))  # shares of the length
-BRANCHES = 2  # continuations from each point
 WAYS = ("rows", "packed")
 
 
 def main() -> None:
     args = parse_args()
     if args.worker:
+        from attn_trainers.gpu_check.tree_cost import measure
+
         print(json.dumps(measure(json.loads(args.worker))))
         return
     from attn_trainers.tables import markdown_table
@@ -141,86 +141,6 @@ def run_worker(task: dict) -> dict:
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(task: dict) -> dict:
-    """Shortest seconds per way, peak memory in MiB above the model, row tokens per unique token."""
-    device = task["device"]
-    run, ratio = prepare(task)
-    idle = peak_memory(device, reset=True)
-    seconds: dict[str, list[float]] = {way: [] for way in task["ways"]}
-    for _ in range(task["repeats"]):
-        for way in task["ways"]:
-            start = now(device)
-            run(way)
-            seconds[way].append(now(device) - start)
-    memory = peak_memory(device, reset=False) - idle
-    return {"seconds": {way: min(times) for way, times in seconds.items()}, "memory": memory, "ratio": ratio}
-
-
-def prepare(task: dict):
-    """The function that runs one way, and the ratio of tokens."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
-
-    from attn_trainers.packing import pack_rows, packed_forward, token_log_probs, unique_tokens
-
-    set_seed(0)
-    device, prompt, length = task["device"], task["prompt"], task["length"]
-    config = Qwen2Config(**task["shape"], max_position_embeddings=prompt + length)
-    with torch.device(device):
-        model = Qwen2ForCausalLM(config).to(torch.float32 if device == "cpu" else torch.bfloat16)
-    trees = [sample_tree(prompt, length, task["points"], config.vocab_size) for _ in range(task["trees"])]
-
-    def rows_logps(rows: list[list[int]]):
-        ids = torch.tensor(rows, device=device)  # (5, prompt + length)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        return token_log_probs(logits.flatten(0, 1), ids[:, prompt:].flatten())[0]
-
-    def packed_logps(rows: list[list[int]]):
-        return torch.cat(packed_forward(model, pack_rows(rows, [prompt] * len(rows)))[0])
-
-    def run(way: str) -> None:
-        for rows in trees:
-            (rows_logps if way == "rows" else packed_logps)(rows).mean().backward()
-        model.zero_grad()
-
-    ratio = sum(sum(map(len, rows)) for rows in trees) / sum(map(unique_tokens, trees))
-    return run, ratio
-
-
-def sample_tree(prompt: int, length: int, points: list[float], vocab_size: int) -> list[list[int]]:
-    import torch
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(vocab_size, (count,)).tolist()
-
-    rollout = tokens(prompt + length)
-    cuts = [prompt + round(point * length) for point in points for _ in range(BRANCHES)]
-    return [rollout] + [rollout[:cut] + tokens(prompt + length - cut) for cut in cuts]
-
-
-def now(device: str) -> float:
-    import torch
-
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_memory(device: str, *, reset: bool) -> float:
-    """Highest memory so far in MiB; with `reset`, the current one, from which the peak is counted anew."""
-    import torch
-
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2**20
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    field = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(field.split()[1]) / 2**10
 
 
 if __name__ == "__main__":

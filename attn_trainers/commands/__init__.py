@@ -1,0 +1,1 @@
+"""The commands of `attn-trainers`: a `main(argv)` each."""
