@@ -12,13 +12,11 @@ The output folder holds the model, its card, `results.md`, `results.json`, `curv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trl import TrlParser
-
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attnrl.pictures import plot_trees
 from attn_trainers.attnrl.rollouts import PromptRollouts, branches_of
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.recipe import HAS_CUDA, parse
 from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
@@ -141,4 +139,4 @@ def num_mixed_trees(prompt: PromptRollouts) -> int:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((TinyArguments, Recipe)).parse_args_and_config())
+    main(*parse(TinyArguments, Recipe))

@@ -45,11 +45,11 @@ def test_template_arguments_reach_the_prompt(arguments, problems):
 
 
 def test_completions_end_with_the_models_positions(arguments, problems, capsys):
-    args = DiscoveryArguments(**arguments, max_new_tokens=100)
+    args = DiscoveryArguments(**arguments, max_completion_length=100)
     tokenizer = load_tokenizer(args.model)
     output = check_output(args)
     find_candidates(args, tokenizer, output)
-    assert "16 of 16 completions are limited by the model's positions to fewer than max_new_tokens=100." in (
+    assert "16 of 16 completions are limited by the model's positions to fewer than max_completion_length=100." in (
         capsys.readouterr().out
     )
     rooms = [30 - len(prompt_ids_of(args, tokenizer, p.text)) for p in problems]
