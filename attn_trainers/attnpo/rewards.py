@@ -37,14 +37,21 @@ def get_closed_thinking_accuracy_reward(
     ) -> list[float]:
         # The trainers here pass their setting, which wins over the one the function was made with.
         ends = ends_of_thinking(end_of_thinking or tags.end, len(completions))
-        texts = [
-            completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions
-        ]
+        texts = [whole_text(completion, end) for completion, end in zip(completions, ends, strict=True)]
         # A response that is wrong anyway is not graded.
         graded = [_graded_text(text, ThinkingTags(end), place) for text, end in zip(texts, ends, strict=True)]
         return accuracy_reward(graded, answer, log_metric=log_metric)
 
     return closed_thinking_accuracy_reward
+
+
+def whole_text(completion: str | list[dict], end_of_thinking: str) -> str:
+    """Text of a completion with its thinking, which a tokenizer's response template puts beside the content."""
+    if isinstance(completion, str):
+        return completion
+    message = completion[-1]
+    content, thinking = message.get("content") or "", message.get("reasoning_content")
+    return content if thinking is None else f"{thinking}{end_of_thinking}{content}"
 
 
 def _graded_text(text: str, tags: ThinkingTags, answer: str) -> str:

@@ -6,6 +6,7 @@ fix; what may be meant so is a warning in the report.
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -265,27 +266,50 @@ def check_disk(args: GRPOConfig, setup: TrainingSetup, config: PretrainedConfig,
         )
 
 
-def check_data(dataset: Dataset, num_long: int, report: Report) -> None:
-    """Problems, over-long prompts and answers that only an identical text would match.
+@dataclass(frozen=True)
+class LeftOut:
+    """Problems of the data that are not trained on.
+
+    Attributes:
+        long: how many have prompts over `max_prompt_length`.
+        unreadable: the accepted answers that no verifier parses: every rollout would be wrong, at the full price.
+    """
+
+    long: int = 0
+    unreadable: Sequence[str | list[str]] = ()
+
+
+def unreadable_answers(dataset: Dataset) -> list[int]:
+    """Indices of the problems whose answers no verifier parses.
 
     Raises:
-        ValueError: if no answer can be verified.
+        ValueError: if that is all of them.
     """
-    report.heading("Data")
-    report.add("problems", f"{len(dataset)}, {num_long} more left out for prompts over max_prompt_length")
-    unverifiable = unverifiable_answers(dataset["answer"])
-    report.add("answers no verifier parses", len(unverifiable))
-    if not unverifiable:
-        return
-    example = dataset[unverifiable[0]]["answer"]
-    if len(unverifiable) == len(dataset):
+    indices = unverifiable_answers(dataset["answer"])
+    if indices and len(indices) == len(dataset):
         raise ValueError(
-            f"answer_column holds no answer that a verifier can parse, e.g. {example!r}; set answer_column to the "
-            "column of final answers."
+            f"answer_column holds no answer that a verifier can parse, e.g. {dataset[0]['answer']!r}; set "
+            "answer_column to the column of final answers."
         )
-    report.warnings.append(
-        f"{len(unverifiable)} answers cannot be parsed, e.g. {example!r}: only an identical text counts as right."
-    )
+    return indices
+
+
+def leave_out(dataset: Dataset, indices: Sequence[int], num_long: int) -> tuple[Dataset, LeftOut]:
+    """The data set without the problems at `indices`, whose answers cannot be read, and what is left out in all."""
+    kept = dataset.select(sorted(set(range(len(dataset))) - set(indices))) if indices else dataset
+    return kept, LeftOut(num_long, [dataset[index]["answer"] for index in indices])
+
+
+def check_data(dataset: Dataset, left_out: LeftOut, report: Report) -> None:
+    """Problems that are trained on, and those that are not."""
+    report.heading("Data")
+    report.add("problems", f"{len(dataset)}, {left_out.long} more left out for prompts over max_prompt_length")
+    report.add("answers no verifier parses", len(left_out.unreadable))
+    if left_out.unreadable:
+        report.warnings.append(
+            f"{len(left_out.unreadable)} problems are left out: no verifier parses their answers, e.g. "
+            f"{left_out.unreadable[0]!r}."
+        )
 
 
 def thinking_behaviour(
@@ -345,7 +369,7 @@ def preflight(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    num_long: int,
+    left_out: LeftOut,
     max_prompt_length: int,
     credit: CreditMethod | None = None,
 ) -> Report:
@@ -355,8 +379,8 @@ def preflight(
         args, model_args: settings of training and model.
         config: of the model, see `load_model_config`.
         tokenizer: of the model.
-        dataset: with the columns `prompt` and `answer`, over-long prompts left out.
-        num_long: how many those were.
+        dataset: with the columns `prompt` and `answer`, of the problems that are trained on.
+        left_out: those that are not.
         max_prompt_length: tokens of a prompt at most.
         credit: credit method beside the trainer's own.
 
@@ -382,5 +406,5 @@ def preflight(
     args.preflight(config, tokenizer, report)
     if credit is not None:
         credit.preflight(config, tokenizer, report)
-    check_data(dataset, num_long, report)
+    check_data(dataset, left_out, report)
     return report

@@ -28,7 +28,7 @@ from ..sampling.problems import STEP_BY_STEP, load_problems, parse_template_kwar
 from ..tiny.byte_model import build_byte_model
 from .command import OneLineErrors, refusal_in_a_line, refuse
 from .credits import build_credit, chosen_credit, credit_arguments
-from .preflight import load_model_config, preflight
+from .preflight import leave_out, load_model_config, preflight, unreadable_answers
 
 
 logger = logging.getLogger(__name__)
@@ -147,18 +147,28 @@ def check_run(
     dataset, num_long = prompts_of(problems)
     eval_dataset = {Path(source).stem: prompts_of(load_problems(source))[0] for source in script_args.eval_data}
     set_model_init_kwargs(training_args, model_args)
-    refused = [None]
-    if state.is_main_process:
-        try:
-            print(
-                preflight(training_args, model_args, config, tokenizer, dataset, num_long, max_prompt_length, credit)
-            )
-        except ValueError as error:
-            refused = [str(error)]
-    broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise ValueError(refused[0])
+    unreadable = on_first_rank(lambda: unreadable_answers(dataset))
+    dataset, left_out = leave_out(dataset, unreadable, num_long)
+
+    def report() -> None:
+        print(preflight(training_args, model_args, config, tokenizer, dataset, left_out, max_prompt_length, credit))
+
+    on_first_rank(report)
     return tokenizer, dataset, eval_dataset or None
+
+
+def on_first_rank(check: Callable):
+    """What `check` returns on the first rank, on every rank; so its ValueError."""
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [check(), None]
+        except ValueError as error:
+            outcome = [None, str(error)]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
 
 
 def train(

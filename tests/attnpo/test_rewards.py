@@ -20,6 +20,13 @@ def test_only_responses_that_close_their_thinking_once_can_be_right():
     assert logged == {"grading/timeouts": 0.0, "grading/kills": 0.0}
 
 
+def test_thinking_that_a_response_template_put_beside_the_content_is_closed():
+    closed = {"role": "assistant", "reasoning_content": "It may be \\boxed{8}.", "content": "\\boxed{7}"}
+    cut_off = {"role": "assistant", "content": "It may be \\boxed{7}."}
+    twice = closed | {"content": "b</think>\\boxed{7}"}
+    assert closed_thinking_accuracy_reward([[closed], [cut_off], [twice]], ["7"] * 3) == [1.0, 0.0, 0.0]
+
+
 def test_a_model_that_opens_its_thinking_is_graded_like_one_whose_template_does():
     texts = ["<think>\na</think>\\boxed{7}", "\n<think>a</think>\\boxed{8}", "<think>a<think>b</think>\\boxed{7}"]
     assert closed_thinking_accuracy_reward(texts, ["7"] * 3) == [1.0, 0.0, 0.0]

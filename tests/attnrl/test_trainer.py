@@ -36,6 +36,39 @@ def test_each_token_comes_from_the_policy_of_the_published_pipeline(make_trainer
     assert trainer.pipeline.in_flight is None  # the last batch samples nothing ahead
 
 
+def test_a_response_template_parses_completions_as_in_trl(make_trainer, tiny_tokenizer, monkeypatch):
+    """A continuation's completion is the whole leaf, parsed behind its prompt."""
+    template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<think>",
+        "fields": {
+            "reasoning_content": {
+                "open_pattern": r"(?=[\s\S]*?</think>)",
+                "close_pattern": "</think>",
+                "content": "text",
+            },
+            "content": {"close_pattern": "<eos>|$", "content": "text"},
+        },
+    }
+    monkeypatch.setattr(tiny_tokenizer, "response_template", template)
+    seen = []
+
+    def reward(completions, **kwargs):
+        seen.extend(completions)
+        return [float(len(seen) % 2)] * len(completions)
+
+    trainer = make_trainer(reward, max_steps=2)
+    prompt = [{"role": "user", "content": "1 + 2"}]
+    prompt_ids = tiny_tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    texts = ["1 + 2 = 3\n\n</think>\\boxed{3}<eos>", "1 + 2 = 3\n\n"]
+    ids = [tiny_tokenizer(text)["input_ids"] for text in texts]
+    closed, cut_off = trainer._as_completions(prompt, [prompt_ids] * 2, ids)
+    assert closed == [{"role": "assistant", "reasoning_content": "1 + 2 = 3", "content": "\\boxed{3}"}]
+    assert cut_off == [{"role": "assistant", "content": "1 + 2 = 3"}]
+    trainer.train()
+    assert seen and all(message.keys() <= closed[0].keys() for (message,) in seen)
+
+
 def test_the_synchronous_variant_samples_both_with_the_current_policy(make_trainer):
     trainer = make_trainer(off_policy=False)
     trainer.train()

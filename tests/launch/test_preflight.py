@@ -16,10 +16,12 @@ from attn_trainers.launch.preflight import (
     check_disk,
     check_memory,
     check_vocabulary,
+    leave_out,
     load_model_config,
     preflight,
     thinking_behaviour,
     training_setup,
+    unreadable_answers,
 )
 from attn_trainers.launch.recipe import MathScriptArguments as Script
 from attn_trainers.launch.recipe import check_run, set_model_init_kwargs
@@ -69,8 +71,9 @@ def run(byte_model, problems, tmp_path):
         tokenizer = load_tokenizer(model)
         source = problems(records or [{"problem": f"{i} + 1", "answer": str(i + 1)} for i in range(8)])
         dataset, num_long = with_prompts(load_problems(source), tokenizer, "{problem}", max_prompt_length)
+        dataset, left_out = leave_out(dataset, unreadable_answers(dataset), num_long)
         config = load_model_config(str(model))
-        return preflight(args, model_args, config, tokenizer, dataset, num_long, max_prompt_length)
+        return preflight(args, model_args, config, tokenizer, dataset, left_out, max_prompt_length)
 
     return check
 
@@ -117,7 +120,8 @@ def test_answers_that_nothing_parses(run):
     good = [{"problem": f"{i} + 1", "answer": str(i)} for i in range(7)]
     report = run(records=[*good, {"problem": "?", "answer": "???"}])
     assert dict(report.rows)["answers no verifier parses"] == "1"
-    assert "1 answers cannot be parsed, e.g. '???': only an identical text counts as right." in report.warnings
+    assert "1 problems are left out: no verifier parses their answers, e.g. '???'." in report.warnings
+    assert dict(report.rows)["problems"] == "7, 0 more left out for prompts over max_prompt_length"
     with pytest.raises(ValueError, match="answer_column holds no answer .* e.g. '[?]{3}'; set answer_column to"):
         run(records=[{"problem": str(i), "answer": "???"} for i in range(8)])
 

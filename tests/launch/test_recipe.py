@@ -32,9 +32,9 @@ def check(model, tmp_path):
     """`check_run` on sums of one and two digits, which are the evaluation problems too."""
     data = tmp_path / "data.jsonl"
     rows = [{"problem": f"{n} + {n}", "answer": 2 * n} for n in range(6, 14)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run(path=model, max_prompt_length=200, **settings):
+    def run(path=model, max_prompt_length=200, more_rows=(), **settings):
+        data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more_rows]))
         script = MathScriptArguments(
             str(data), prompt_template="{problem}", max_prompt_length=max_prompt_length, eval_data=[str(data)]
         )
@@ -57,6 +57,13 @@ def test_template_arguments_reach_length_filter_evaluation_data_and_preflight(ch
     assert dataset["answer"][:] == eval_dataset["data"]["answer"][:] == ["12", "14", "16", "18"]
     printed = capsys.readouterr().out
     assert "closes <think> in the prompt" in printed and "4, 4 more left out" in printed
+
+
+def test_a_problem_whose_answer_no_verifier_parses_is_not_trained_on(check, capsys):
+    _, dataset, eval_dataset = check(more_rows=[{"problem": "?", "answer": "t(0,4]"}, {"problem": "1", "answer": "1"}])
+    assert dataset["answer"][:] == ["12", "14", "16", "18", "20", "22", "24", "26", "1"]
+    assert len(eval_dataset["data"]) == 10  # evaluation counts it: nothing is chosen by it
+    assert "1 problems are left out: no verifier parses their answers, e.g. 't(0,4]'." in capsys.readouterr().out
 
 
 def test_template_arguments_that_are_none_are_refused(check):
