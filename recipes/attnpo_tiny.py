@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import set_seed
+
 from attn_trainers import AttnPOConfig, AttnPOTrainer
 from attn_trainers.attnpo.discovery.labels import ESSENTIAL, REDUNDANT
 from attn_trainers.attnpo.discovery.pictures import plot_ensembles, plot_head_map

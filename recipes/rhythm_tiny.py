@@ -21,6 +21,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from transformers import PrinterCallback
+
 from attn_trainers import RhythmConfig, RhythmTrainer
 from attn_trainers.base.card import CardNotes, public_command, publish
 from attn_trainers.launch.recipe import HAS_CUDA, parse

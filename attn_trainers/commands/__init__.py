@@ -14,10 +14,8 @@ COMMANDS = {
     "evaluate": "pass@1 and pass@k of a model on benchmark files, or two such evaluations compared",
     "heads": "find the key-focus heads that AttnPO needs, or compare those of two models",
     "inspect": "a page of what a model's attention says about its own responses",
-    "branching": "what attention branching has to choose from in a model's completions",
     "train": "train by a recipe: attn-trainers train attnrl_1p5b --accelerate_config zero2",
     "preflight": "check a recipe's settings before a GPU is used: rows, tokens, memory, data, template",
-    "gpu-check": "measure on this machine's GPU what is asserted on a CPU",
 }
 
 
@@ -35,7 +33,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "attn-trainers COMMAND --help lists a command's options; attn-trainers --version says which release this is.",
+            "attn-trainers COMMAND --help lists a command's options; attn-trainers --version tells the release.",
         ]
     )
 
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with code 2, without a command or with an unknown one.
     """
-    first, *rest = argv if argv is not None else sys.argv[1:] or [None]
+    first, *rest = (sys.argv[1:] if argv is None else argv) or [None]
     if first in ("-h", "--help"):
         print(help_text())
     elif first == "--version":

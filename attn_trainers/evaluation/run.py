@@ -287,9 +287,9 @@ def plan_draws(
         least = min(request.max_tokens for request in fitting)
         if args.max_completion_length is not None:
             raise ValueError(
-                f"max_completion_length={args.max_completion_length} and a prompt of {positions - least} tokens exceed the "
-                f"{positions} positions of the model; set max_completion_length to at most {least}, or leave it out to use "
-                "what each prompt leaves."
+                f"max_completion_length={args.max_completion_length} and a prompt of {positions - least} tokens "
+                f"exceed the {positions} positions of the model; set max_completion_length to at most {least}, or "
+                "leave it out to use what each prompt leaves."
             )
         note = (
             f"{num_cut} of {len(fitting)} completions are limited by the {positions} positions of the model: to "

@@ -106,7 +106,13 @@ class InspectionArguments:
         }
         choices |= {"step_mode": STEP_MODES, "head_pool": HEAD_POOLS, "perturb_fai_from": ANALYSIS_DISTANCES}
         check_choices(self, choices)
-        counts = ("num_problems", "max_completion_length", "max_response_tokens", "perturb_positions", "perturb_candidates")
+        counts = (
+            "num_problems",
+            "max_completion_length",
+            "max_response_tokens",
+            "perturb_positions",
+            "perturb_candidates",
+        )
         for name in (*counts, "perturb_max_tokens", "perturb_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; raise it.")

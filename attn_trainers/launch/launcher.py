@@ -1,6 +1,5 @@
 """Recipes and accelerate configs by their names, and `accelerate launch` of them."""
 
-import argparse
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path

@@ -75,7 +75,8 @@ class RecipeParser(OneLineErrors, TrlParser):
 
     def parse_args_and_config(self, args: Sequence[str] | None = None, **kwargs) -> tuple:
         """As TRL's; also `--config=FILE`, and a file without a name or without YAML in it is refused in a line."""
-        args = [part for one in sys.argv[1:] if args is None else args for part in _config_and_value(one)]
+        given = sys.argv[1:] if args is None else args
+        args = [part for one in given for part in _config_and_value(one)]
         if args[-1:] == ["--config"]:
             self.error("argument --config: expected one argument")
         try:

@@ -240,9 +240,12 @@ def test_a_limit_that_was_asked_for_and_does_not_fit_is_refused_before_anything_
     longest = len(prompt_token_ids(load_tokenizer(short_model), "2+2?", arguments.prompt_template))
     args = replace(arguments, model=short_model, max_completion_length=111 - longest)
     message = (
-        f"max_completion_length={111 - longest} and a prompt of {longest} tokens exceed the 110 positions of the model; "
+        f"max_completion_length={111 - longest} and a prompt of {longest} tokens exceed the 110 positions of the "
     )
-    with pytest.raises(ValueError, match=f"{message}set max_completion_length to at most {110 - longest}, or leave it out"):
+    message += "model; "
+    with pytest.raises(
+        ValueError, match=f"{message}set max_completion_length to at most {110 - longest}, or leave it out"
+    ):
         evaluate(args)
     assert not Path(args.output_dir).exists()  # so that the corrected run is not refused for other settings
     evaluate(replace(args, max_completion_length=110 - longest))

@@ -28,7 +28,7 @@ from attn_trainers.launch.recipe import check_run, set_model_init_kwargs
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.sampling.problems import load_problems, with_prompts
 from attn_trainers.tiny.byte_model import build_byte_model
-from tests.helpers import ROOT
+from tests.helpers import ROOT, refused_in_a_line
 
 
 SMALL = {
@@ -278,8 +278,8 @@ def test_preflight_alone_trains_nothing_and_a_refusal_is_one_line(problems, tmp_
     assert "Preflight\n" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["_tiny-model"]
     monkeypatch.setattr(sys, "argv", [*command.split(), "--branching", "best"])
-    with pytest.raises(SystemExit, match="^Refused: branching='best' is unknown; set it to one of attention"):
+    with refused_in_a_line(capsys, "^Refused: branching='best' is unknown; set it to one of attention"):
         runpy.run_path(recipe, run_name="__main__")
     monkeypatch.setattr(sys, "argv", [*command.split(), "--max_completion_length", "5000"])
-    with pytest.raises(SystemExit, match="^Refused: max_completion_length=5000"):
+    with refused_in_a_line(capsys, "^Refused: max_completion_length=5000"):
         runpy.run_path(recipe, run_name="__main__")

@@ -134,8 +134,8 @@ def check_output(args: DiscoveryArguments) -> Path:
         changed = sorted(name for name in settings if settings[name] != earlier.get(name))
         if changed:
             raise ValueError(
-                f"output_dir={args.output_dir!r} holds a discovery with other settings ({', '.join(changed)}); choose another "
-                "folder, or the settings in its settings.json."
+                f"output_dir={args.output_dir!r} holds a discovery with other settings ({', '.join(changed)}); choose "
+                "another folder, or the settings in its settings.json."
             )
     (output / "scores").mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -135,7 +135,9 @@ def _generated_candidates(
     ]
     prompts = {index: prompt_ids_of(args, tokenizer, records[index]["problem"]) for index, _ in missing}
     requests = [
-        GenerationRequest(prompts[index], args.max_completion_length, request_seed(args.seed, "probing", index, sample))
+        GenerationRequest(
+            prompts[index], args.max_completion_length, request_seed(args.seed, "probing", index, sample)
+        )
         for index, sample in missing
     ]
     requests, num_cut = fit_positions(requests, num_positions(load_config(args.model)))

@@ -99,7 +99,12 @@ def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys, monkey
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
     settings = {"model": str(doubtful), "data": str(data), "output_dir": str(tmp_path / "out"), "held_out": 0.5}
-    settings |= {"step_mode": "paragraphs", "prompt_template": "{problem}", "max_completion_length": 64, "num_samples": 8}
+    settings |= {
+        "step_mode": "paragraphs",
+        "prompt_template": "{problem}",
+        "max_completion_length": 64,
+        "num_samples": 8,
+    }
     settings |= {"backend": "transformers", "min_accuracy": 0.0, "max_responses": 20, "num_heads": 2}
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["find_key_focus_heads.py", *arguments])
