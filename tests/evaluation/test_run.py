@@ -51,7 +51,7 @@ def arguments(model, tmp_path):
     return EvaluationArguments(
         model=model,
         data=[str(data)],
-        output=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
         num_samples=2,
         max_completion_length=12,
         temperature=1.0,
@@ -262,7 +262,7 @@ def test_template_arguments_reach_the_prompt_and_are_a_setting_of_the_run(argume
     tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>' }}{% endif %}"
     tokenizer.save_pretrained(hybrid)
     plain = replace(arguments, model=str(hybrid))
-    off = replace(plain, output=f"{plain.output_dir}-off", chat_template_kwargs='{"enable_thinking": false}')
+    off = replace(plain, output_dir=f"{plain.output_dir}-off", chat_template_kwargs='{"enable_thinking": false}')
     for args in (plain, off):
         evaluate(args)
     # The prompt opens the thinking, and nothing closes it: all of a completion counts as thinking.
@@ -274,7 +274,7 @@ def test_template_arguments_reach_the_prompt_and_are_a_setting_of_the_run(argume
 
 def test_comparison_of_two_runs(arguments, tmp_path):
     evaluate(arguments)
-    other = replace(arguments, output=str(tmp_path / "longer"), max_completion_length=24)
+    other = replace(arguments, output_dir=str(tmp_path / "longer"), max_completion_length=24)
     evaluate(other)
     quantities = compare_runs(arguments.output_dir, other.output_dir)["sums"]
     mean = [sum(r.num_tokens for r in records_of(a)) / 6 for a in (arguments, other)]
@@ -298,7 +298,9 @@ def adapter(model, tmp_path):
 
 def run_into(arguments, name, **changes):
     """Greedy completions of a run into a folder of its own."""
-    changed = replace(arguments, output=f"{arguments.output_dir}-{name}", temperature=0.0, num_samples=1, **changes)
+    changed = replace(
+        arguments, output_dir=f"{arguments.output_dir}-{name}", temperature=0.0, num_samples=1, **changes
+    )
     evaluate(changed)
     return [r.completion for r in records_of(changed)]
 
@@ -322,7 +324,7 @@ def test_vllm_draws_what_transformers_draws_and_resumes(arguments, adapter, tmp_
     row = {"problem": "1 + " * 80 + "1?", "answer": "81"}
     long.write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
     settings = {"backend": "vllm", "dtype": "float32", "data": [str(long)], "max_completion_length": 8}
-    sampled = replace(arguments, **settings, output=f"{arguments.output_dir}-sampled")
+    sampled = replace(arguments, **settings, output_dir=f"{arguments.output_dir}-sampled")
     whole = evaluate(sampled)
     expected = records_of(sampled)
     _path(sampled.output_dir).write_text("".join(_path(sampled.output_dir).read_text().splitlines(keepends=True)[:2]))
