@@ -29,7 +29,7 @@ def arguments(doubtful, problems, tmp_path):
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
     settings = {"prompt_template": "{problem}", "step_mode": "paragraphs", "backend": "transformers"}
     settings |= {"num_samples": 4, "min_accuracy": 0.0}
-    return {"model": str(folder), "data": str(data), "output": str(tmp_path / "out")} | settings
+    return {"model": str(folder), "data": str(data), "output_dir": str(tmp_path / "out")} | settings
 
 
 def test_template_arguments_reach_the_prompt(arguments, problems):
