@@ -7,7 +7,7 @@ Any field can be set on the command line or in a YAML file (`--config FILE`). On
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/attnpo_1p5b.py \\
         --use_peft --lora_r 32 --lora_alpha 64 --learning_rate 2e-5 --gradient_accumulation_steps 64
 
-Another model needs its own heads: `recipes/find_key_focus_heads.py` finds them, `--heads FILE` takes them.
+Another model needs its own heads: `attn-trainers heads` finds them, `--heads FILE` takes them.
 `--attenuate_positive false --protect_negative false` is the baseline, TLMRE. A run that was cut off goes on from its
 last checkpoint when it is launched again. `--push_to_hub` publishes the result.
 

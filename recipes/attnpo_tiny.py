@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-from trl import TrlParser
 
 from attn_trainers import AttnPOConfig, AttnPOTrainer
 from attn_trainers.attnpo.discovery.labels import ESSENTIAL, REDUNDANT
@@ -28,7 +27,7 @@ from attn_trainers.attnpo.discovery.pictures import plot_ensembles, plot_head_ma
 from attn_trainers.attnpo.discovery.run import DiscoveryArguments, discover_heads
 from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.recipe import HAS_CUDA, parse
 from attn_trainers.plots import plot_curves
 from attn_trainers.sampling.requests import GenerationRequest, SamplingSettings
 from attn_trainers.sampling.transformers import sample_with_transformers
@@ -226,4 +225,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, Recipe)).parse_args_and_config())
+    main(*parse(Arguments, Recipe))

@@ -12,11 +12,9 @@ The output folder holds the model, its card, `results.md`, `results.json`, `curv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trl import TrlParser
-
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.recipe import HAS_CUDA, parse
 from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
@@ -128,4 +126,4 @@ def method_name(args: Recipe) -> str:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((TinyArguments, Recipe)).parse_args_and_config())
+    main(*parse(TinyArguments, Recipe))

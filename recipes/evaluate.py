@@ -1,54 +1,10 @@
-r"""Evaluation of a model on mathematical benchmarks: pass@1 averaged over K samples, pass@k, lengths.
+"""Evaluation of a model on mathematical benchmarks: `attn-trainers evaluate`, as a script.
 
-    python recipes/evaluate.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --data aime24.jsonl math500.jsonl \
-        --output runs/evaluation/base
-
-A model is a local folder, a Hub id or a LoRA adapter (merged into its base model in a temporary folder for vLLM). Each
-data file has a `problem` and an `answer` (a text, or a list of accepted ones) per line. K is 32 for aime24, aime25 and
-amc23 and 4 for the others, as in the AttnRL paper; `--num_samples` sets it for all. A run that was cut off goes on
-where it stopped.
-
-    python recipes/evaluate.py --compare runs/evaluation/base runs/evaluation/attnrl --output runs/evaluation
-
-compares two runs and leaves `comparison.md` in the output folder.
-
-With `--write_card true` the table and the command go into the card of a model in a local folder.
+python recipes/evaluate.py --model M --data FILE.jsonl --num_samples K
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from attn_trainers.base.card import public_command, write_evaluation
-from attn_trainers.base.results import summary_results
-from attn_trainers.evaluation.run import EvaluationArguments, compare_runs, evaluate
-from attn_trainers.evaluation.statistics import comparison_table, summary_table
-from attn_trainers.launch.command import run_command
-
-
-@dataclass
-class Arguments(EvaluationArguments):
-    """What to evaluate, and where to put the result."""
-
-    write_card: bool = field(
-        default=False, metadata={"help": "Put the table and the command into the model's card (a local folder)."}
-    )
-
-
-def main(args: Arguments) -> None:
-    """Evaluate, or compare two evaluations, and print the table."""
-    if args.compare:
-        table = comparison_table(compare_runs(*args.compare))
-        path = Path(args.output) / "comparison.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"First: {args.compare[0]}, second: {args.compare[1]}\n\n{table}")
-        print(f"{table}\nSaved to {path}.")
-        return
-    summaries = evaluate(args)
-    if args.write_card:
-        table, results = summary_table(summaries), summary_results(summaries)
-        write_evaluation(args.model, table, public_command("python"), results)
-    print((Path(args.output) / "report.md").read_text())
+from attn_trainers.commands.evaluate import main
 
 
 if __name__ == "__main__":
-    run_command(main, Arguments)
+    main()

@@ -1,52 +1,10 @@
-"""What a model's attention says about its own responses, as one HTML page and pictures.
+"""What a model's attention says about its own responses: `attn-trainers inspect`, as a script.
 
-    python recipes/inspect_attention.py --model Qwen/Qwen3-4B-Base --data problems.jsonl --output_dir runs/inspection
-
-The data are JSON lines with a `problem`; where a line has a `completion`, it is read as the response, otherwise one is
-sampled. The page shows, for a few problems, WAAD and FAI over the tokens with preplan and anchor tokens, forward
-context influence and key-focus scores over the steps, and over all problems the couplings of the rhythm paper's Table
-2 with the densities of the peaks they are measured on. It is one file and needs no network.
-
-`--perturb true` adds the paper's Table 1: other tokens are forced where FAI is highest and where it is lowest, and the
-content words of the greedy continuations are compared with the response's own. This takes positions x candidates x 2
-continuations per response; a run that was cut off goes on where it stopped.
-
-`--tiny true` inspects the small model of the arithmetic recipes on their held-out problems, without `--model` and
-`--data`.
+python recipes/inspect_attention.py --model M --data FILE.jsonl
 """
 
-import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-from attn_trainers.inspection.run import InspectionArguments, run_inspection
-from attn_trainers.launch.command import run_command
-from attn_trainers.tiny.arithmetic import sample_problems
-from attn_trainers.tiny.runs import HELD_OUT_SEED, TinyArguments, prepare
-
-
-@dataclass
-class Arguments(InspectionArguments):
-    """What is inspected."""
-
-    tiny: bool = field(default=False, metadata={"help": "Inspect the arithmetic recipes' model on their problems."})
-
-
-def tiny_arguments(args: Arguments) -> Arguments:
-    """The arguments with the arithmetic model, where none is named, and a file of held-out problems."""
-    data = Path(args.output_dir) / "problems.jsonl"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    problems = sample_problems(args.num_problems, HELD_OUT_SEED)
-    data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
-    model = args.model or str(prepare(TinyArguments())[0])
-    return replace(args, model=model, data=str(data), prompt_template="{problem}")
-
-
-def main(args: Arguments) -> None:
-    """Inspect, and print the tables."""
-    print(run_inspection(tiny_arguments(args) if args.tiny else args))
-    print(f"Page and pictures: {args.output_dir}")
+from attn_trainers.commands.inspect import main
 
 
 if __name__ == "__main__":
-    run_command(main, Arguments)
+    main()

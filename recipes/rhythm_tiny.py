@@ -21,11 +21,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from transformers import PrinterCallback
-from trl import TrlParser
 
 from attn_trainers import RhythmConfig, RhythmTrainer
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.recipe import HAS_CUDA, parse
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import TinyArguments, evaluate_held_out, exact_answer_reward, prepare, to_dataset
 
@@ -231,4 +230,4 @@ def main(script: Comparison, args: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Comparison, Recipe)).parse_args_and_config())
+    main(*parse(Comparison, Recipe))

@@ -1,12 +1,16 @@
 """What the tests share beside fixtures: places, processes of their own, small settings."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +35,17 @@ def launch_script(config: str, script: Path, *arguments: object, timeout: float 
     command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+@contextmanager
+def refused_in_a_line(capsys, pattern: str) -> Iterator[None]:
+    """The process ends with code 2; the last line on stderr, and no other, is a refusal that the pattern matches."""
+    with pytest.raises(SystemExit) as end:
+        yield
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert [line for line in lines if "Refused" in line] == lines[-1:]
+    assert re.search(pattern, lines[-1]), lines[-1]
 
 
 def logged(trainer, name: str) -> list:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
+from attn_trainers.launch.engine import TOKENS_PER_ENGINE_STEP
 from tests.helpers import ROOT
 
 
@@ -181,6 +182,11 @@ def test_the_loss_takes_advantages_per_token():
     assert "if advantages.dim() == 1:" in source
     for key in ("old_per_token_logps", "importance_sampling_ratio", "ref_per_token_logps", "num_items_in_batch"):
         assert f'inputs["{key}"]' in source or f'inputs.get("{key}")' in source
+
+
+def test_what_trl_lets_an_engine_compute_at_once():
+    source = inspect.getsource(VLLMGeneration._init_vllm)
+    assert f"max_num_batched_tokens={TOKENS_PER_ENGINE_STEP}," in source
 
 
 @pytest.mark.parametrize("name", ["_iter_named_params", "sync_weights"])

@@ -1,6 +1,6 @@
 """Which attention heads AttnPO reads: known ones, a heads file, or a list.
 
-A head is a pair [layer, head], both counted from 0. `recipes/find_key_focus_heads.py` finds the heads of a model and
+A head is a pair [layer, head], both counted from 0. `attn-trainers heads` finds the heads of a model and
 writes a heads file.
 """
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 Head = tuple[int, int]
 
-DISCOVERY_COMMAND = "python recipes/find_key_focus_heads.py --model {model} --data FILE.jsonl"
+DISCOVERY_COMMAND = "attn-trainers heads --model {model} --data FILE.jsonl"
 
 KNOWN_HEADS: dict[str, tuple[Head, ...]] = {
     "DeepSeek-R1-Distill-Qwen-1.5B": ((16, 2), (20, 9), (23, 2)),

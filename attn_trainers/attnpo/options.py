@@ -19,7 +19,7 @@ class AttnPOOptions:
 
         heads (`list[list[int]]` or `str`, *optional*):
             Key-focus heads, pairs `[layer, head]` from 0; or the path of a heads file, as
-            `recipes/find_key_focus_heads.py` writes it; or the name of a model whose heads are known. Default: the
+            `attn-trainers heads` writes it; or the name of a model whose heads are known. Default: the
             known heads of the model that is trained.
         step_mode (`str`, *optional*, defaults to `"phrases"`):
             `"phrases"` cuts the thinking at reasoning phrases, `"paragraphs"` at blank lines.

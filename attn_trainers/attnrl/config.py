@@ -262,6 +262,12 @@ class AttnRLConfig(MethodConfig):
                 f"a generation batch has {prompts} prompts for {ranks} ranks: some ranks sample nothing at first; "
                 f"raise generation_batch_size to {ranks * self.num_generations} or more."
             )
+        if round(prompts * self.max_prompt_batch_factor) == prompts:
+            report.warnings.append(
+                f"max_prompt_batch_factor={self.max_prompt_batch_factor}: never more than {prompts} prompts come, "
+                f"which fill generation_batch_size={self.generation_batch_size} only where each of their "
+                f"{self.num_generations} leaves carries signal; raise it, so that prompts without signal are replaced."
+            )
         delimiters = StepDelimiters.from_tokenizer(tokenizer, None)
         report.add("blank-line tokens", f"{len(delimiters.paragraph)} (with a newline: {len(delimiters.newline)})")
         if not delimiters.paragraph:

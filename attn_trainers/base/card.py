@@ -304,7 +304,7 @@ class CardMixin:
         if notes.evaluation:
             return evaluation_body(notes.evaluation, notes.evaluation_command or public_command())
         name = self.hub_model_id or model_name
-        command = f"python recipes/evaluate.py --model {name} --data FILE.jsonl"
+        command = f"attn-trainers evaluate --model {name} --data FILE.jsonl"
         if table := evaluation_table(self.state.log_history):
             table = f"During training, after {self.state.global_step} updates at the latest.\n\n{table}"
             return evaluation_body(table, public_command())

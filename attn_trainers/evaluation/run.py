@@ -51,7 +51,7 @@ from .statistics import (
 
 _GRADED_TOGETHER = 64  # completions that wait for grading; as many are drawn again after a crash
 _SETTINGS_FILE = "settings.json"
-MAX_NEW_TOKENS = 32768
+MAX_COMPLETION_LENGTH = 32768
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class EvaluationArguments:
         default_factory=list,
         metadata={"help": "Files (JSONL, JSON, Parquet, CSV) or Hub data sets (id or id:split; else split test)."},
     )
-    output: str = field(default="runs/evaluation", metadata={"help": "Folder of completions and report."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Folder of completions and report."})
     compare: list[str] = field(
         default_factory=list, metadata={"help": "Compare two finished output folders instead of evaluating."}
     )
@@ -88,7 +88,7 @@ class EvaluationArguments:
     )
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 decodes greedily."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold."})
-    max_new_tokens: int | None = field(
+    max_completion_length: int | None = field(
         default=None,
         metadata={
             "help": "Token limit of a completion; by default 32768, or what the prompt leaves of the positions."
@@ -126,7 +126,7 @@ class EvaluationArguments:
             raise ValueError(f"data={self.data} has two sources of one name; rename a file.")
         if "{problem}" not in self.prompt_template:
             raise ValueError(f"prompt_template={self.prompt_template!r} has no {{problem}}; add it for the problem.")
-        for name in ("max_new_tokens", "batch_size", "num_samples"):
+        for name in ("max_completion_length", "batch_size", "num_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; raise it.")
         if self.temperature < 0:
@@ -143,7 +143,7 @@ class EvaluationArguments:
 
     @property
     def token_limit(self) -> int:
-        return MAX_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+        return MAX_COMPLETION_LENGTH if self.max_completion_length is None else self.max_completion_length
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -208,7 +208,7 @@ def check_settings(output: Path, settings: dict) -> None:
         changed += [f"data {name}" for name in settings["data"] if data[name] != earlier["data"].get(name, data[name])]
         if changed:
             raise ValueError(
-                f"output={str(output)!r} holds a run with other settings ({', '.join(changed)}); choose another "
+                f"output_dir={str(output)!r} holds a run with other settings ({', '.join(changed)}); choose another "
                 f"folder, or the settings in its {_SETTINGS_FILE}."
             )
         settings = settings | {"data": data}
@@ -223,7 +223,7 @@ def run_settings(args: EvaluationArguments, problems: dict[str, list[dict]]) -> 
         name: hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() for name, rows in problems.items()
     }
     return {name: getattr(args, name) for name in names} | {
-        "max_new_tokens": args.token_limit,
+        "max_completion_length": args.token_limit,
         "chat_template_kwargs": args.chat_template_kwargs,
         "backend": resolve_backend(args.backend),
         "weights": weights_digest(args.model),
@@ -270,7 +270,7 @@ def plan_draws(
         positions: of the model, `None` without a limit.
 
     Raises:
-        ValueError: if `max_new_tokens` was set to more than the positions leave.
+        ValueError: if `max_completion_length` was set to more than the positions leave.
     """
     places, requests = [], []
     for source in args.data:
@@ -285,11 +285,11 @@ def plan_draws(
     note = ""
     if num_cut:
         least = min(request.max_tokens for request in fitting)
-        if args.max_new_tokens is not None:
+        if args.max_completion_length is not None:
             raise ValueError(
-                f"max_new_tokens={args.max_new_tokens} and a prompt of {positions - least} tokens exceed the "
-                f"{positions} positions of the model; set max_new_tokens to at most {least}, or leave it out to use "
-                "what each prompt leaves."
+                f"max_completion_length={args.max_completion_length} and a prompt of {positions - least} tokens "
+                f"exceed the {positions} positions of the model; set max_completion_length to at most {least}, or "
+                "leave it out to use what each prompt leaves."
             )
         note = (
             f"{num_cut} of {len(fitting)} completions are limited by the {positions} positions of the model: to "
@@ -304,7 +304,7 @@ def evaluate(args: EvaluationArguments) -> list[Summary]:
     Raises:
         ValueError: for unusable settings or an output folder of a run with other settings.
     """
-    output = Path(args.output)
+    output = Path(args.output_dir)
     problems = load_sources(args)
     settings = run_settings(args, problems)
     if args.revision is not None:
@@ -348,9 +348,9 @@ def draw_and_grade(
             waiting.append((draws[index], sampled))
             progress.update()
             if len(waiting) == _GRADED_TOGETHER:
-                _grade_and_append(Path(args.output), thinking, ends, problems, waiting)
+                _grade_and_append(Path(args.output_dir), thinking, ends, problems, waiting)
                 waiting = []
-    _grade_and_append(Path(args.output), thinking, ends, problems, waiting)
+    _grade_and_append(Path(args.output_dir), thinking, ends, problems, waiting)
 
 
 def _grade_and_append(

@@ -61,7 +61,7 @@ class InspectionArguments:
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'."}
     )
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens of a sampled response at most."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Tokens of a sampled response at most."})
     max_response_tokens: int = field(default=4096, metadata={"help": "A given response is cut after so many tokens."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampled responses (the paper's analysis: 0.7)."})
     seed: int = field(default=0, metadata={"help": "Of sampled responses and of the bootstrap."})
@@ -106,7 +106,13 @@ class InspectionArguments:
         }
         choices |= {"step_mode": STEP_MODES, "head_pool": HEAD_POOLS, "perturb_fai_from": ANALYSIS_DISTANCES}
         check_choices(self, choices)
-        counts = ("num_problems", "max_new_tokens", "max_response_tokens", "perturb_positions", "perturb_candidates")
+        counts = (
+            "num_problems",
+            "max_completion_length",
+            "max_response_tokens",
+            "perturb_positions",
+            "perturb_candidates",
+        )
         for name in (*counts, "perturb_max_tokens", "perturb_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; raise it.")
@@ -268,7 +274,7 @@ def sample_responses(
     """Sampled tokens for the problems of these indices."""
     settings = SamplingSettings(temperature=args.temperature, seed=args.seed, dtype=args.dtype)
     model = weights_digest(args.model) or args.model
-    requests = [GenerationRequest(prompts[i], args.max_new_tokens, args.seed * 1_000_003 + i) for i in indices]
+    requests = [GenerationRequest(prompts[i], args.max_completion_length, args.seed * 1_000_003 + i) for i in indices]
     requests, _ = fit_positions(requests, num_positions(load_config(args.model)))
     keys = [digest_of(model, asdict(settings), asdict(request)) for request in requests]
 

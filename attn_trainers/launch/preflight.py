@@ -24,6 +24,7 @@ from ..rewards import unverifiable_answers
 from ..sampling.models import num_positions
 from ..sampling.problems import prompt_for, render_prompt
 from ..thinking import EndOfThinking, ThinkingTags
+from .engine import check_sampling
 from .memory import (
     DEVICE_OVERHEAD,
     GIB,
@@ -92,8 +93,8 @@ def check_batch(args: MethodConfig, num_problems: int, report: Report) -> None:
     if num_problems < prompts:
         raise ValueError(
             f"generation_batch_size={args.generation_batch_size} takes {prompts} prompts, but the data set has "
-            f"{num_problems}; lower generation_batch_size to at most {num_problems * args.num_generations}, or add "
-            "problems."
+            f"{num_problems}, and TRL's sampler leaves out a batch that is not whole, so that it would train on none; "
+            f"lower generation_batch_size to at most {num_problems * args.num_generations}, or add problems."
         )
 
 
@@ -398,6 +399,7 @@ def preflight(
     check_heads(args, config, report)
     check_batch(args, len(dataset), report)
     check_lengths(args, max_prompt_length, config, report)
+    check_sampling(args, max_prompt_length, report)
     setup = training_setup(args, model_args, config, max_prompt_length + args.max_completion_length)
     check_memory(args, setup, config, Device.of(args), report)
     check_disk(args, setup, config, report)

@@ -6,12 +6,13 @@ YAML file given by `--config`.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -25,6 +26,7 @@ from ..base.interruption import last_whole_checkpoint
 from ..sampling.models import load_tokenizer, refuse_adapter
 from ..sampling.problems import STEP_BY_STEP, load_problems, parse_template_kwargs, with_prompts
 from ..tiny.byte_model import build_byte_model
+from .command import OneLineErrors, refusal_in_a_line, refuse
 from .credits import build_credit, chosen_credit, credit_arguments
 from .preflight import leave_out, load_model_config, preflight, unreadable_answers
 
@@ -68,29 +70,37 @@ class MathScriptArguments:
     preflight: bool = field(default=False, metadata={"help": "Check the settings, print the report and stop."})
 
 
-def parse(script_class: type, config_class: type, model_class: type = ModelConfig) -> tuple:
-    """Script, training and model arguments from the command line and `--config FILE`; unknown ones are refused."""
+class RecipeParser(OneLineErrors, TrlParser):
+    """The command line of a recipe, with `--config FILE`."""
+
+    def parse_args_and_config(self, args: Sequence[str] | None = None, **kwargs) -> tuple:
+        """As TRL's; also `--config=FILE`, and a file without a name or without YAML in it is refused in a line."""
+        given = sys.argv[1:] if args is None else args
+        args = [part for one in given for part in _config_and_value(one)]
+        if args[-1:] == ["--config"]:
+            self.error("argument --config: expected one argument")
+        try:
+            return super().parse_args_and_config(args, **kwargs)
+        except yaml.YAMLError as error:
+            refuse(f"config is no YAML: {error}")
+
+
+def _config_and_value(argument: str) -> list[str]:
+    return argument.split("=", maxsplit=1) if argument.startswith("--config=") else [argument]
+
+
+def parse(*classes: type) -> tuple:
+    """An instance of each dataclass from the command line and `--config FILE`; unknown options are refused."""
     with refusal_in_a_line():
-        return TrlParser((script_class, config_class, model_class)).parse_args_and_config()
+        return RecipeParser(classes, allow_abbrev=False).parse_args_and_config()
 
 
 def parse_with_credit(script_class: type, config_class: type, model_class: type = ModelConfig) -> tuple:
     """As `parse`, with `--credit NAME` and that credit method's settings; the fourth value is the method or `None`."""
-    credit_class = credit_arguments(chosen_credit(), config_class)
     with refusal_in_a_line():
-        classes = (script_class, config_class, model_class, credit_class)
-        script_args, training_args, model_args, credit_args = TrlParser(classes).parse_args_and_config()
-        return script_args, training_args, model_args, build_credit(credit_args, training_args)
-
-
-@contextmanager
-def refusal_in_a_line() -> Iterator[None]:
-    """End the process with one line, printed by the first rank, where settings are refused with a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        logger.debug("Refused", exc_info=True)
-        raise SystemExit(1 if os.environ.get("RANK", "0") != "0" else f"Refused: {error}") from None
+        credit_class = credit_arguments(chosen_credit(), config_class)
+        *parsed, credit_args = parse(script_class, config_class, model_class, credit_class)
+        return *parsed, build_credit(credit_args, parsed[1])
 
 
 def set_model_init_kwargs(training_args: GRPOConfig, model_args: ModelConfig) -> None:

@@ -19,7 +19,7 @@ def test_known_models():
 
 
 def test_unknown_model_is_told_how_to_find_its_heads():
-    command = re.escape("python recipes/find_key_focus_heads.py --model Qwen/Qwen3-4B --data ")
+    command = re.escape("attn-trainers heads --model Qwen/Qwen3-4B --data ")
     with pytest.raises(ValueError, match=command):
         resolve_heads(None, "Qwen/Qwen3-4B", 36, 32)
 

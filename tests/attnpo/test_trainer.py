@@ -340,7 +340,7 @@ def test_identity_and_card(build, mixed, tmp_path):
 
 
 def test_unknown_model_without_heads_names_the_command(build, mixed, tmp_path):
-    with pytest.raises(ValueError, match="python recipes/find_key_focus_heads.py --model"):
+    with pytest.raises(ValueError, match="attn-trainers heads --model"):
         build(mixed, args=attnpo_config(tmp_path, heads=None))
     with pytest.raises(ValueError, match=r"heads contain \[2, 0\].*2 layers of 2 heads"):
         build(mixed, args=attnpo_config(tmp_path, heads=[[2, 0]]))

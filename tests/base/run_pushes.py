@@ -182,9 +182,9 @@ def push_models(recipes: Path, folder: Path, data: Path) -> dict:
 def evaluate_pushed(recipes: Path, folder: Path, data: Path) -> dict:
     """The pushed model is evaluated by its id and revision, and compared with itself."""
     output = folder / "evaluation"
-    evaluation = f"--model me/full --revision main --data {data} --output {output} --num_samples 2"
-    evaluation += " --max_new_tokens 4 --backend transformers"
-    comparison = f"--compare {output} {output} --output {folder}/compared"
+    evaluation = f"--model me/full --revision main --data {data} --output_dir {output} --num_samples 2"
+    evaluation += " --max_completion_length 4 --backend transformers"
+    comparison = f"--compare {output} {output} --output_dir {folder}/compared"
     return {
         "evaluation_launch": launch(recipes / "evaluate.py", *evaluation.split()),
         "comparison_launch": launch(recipes / "evaluate.py", *comparison.split()),

@@ -51,9 +51,9 @@ def arguments(model, tmp_path):
     return EvaluationArguments(
         model=model,
         data=[str(data)],
-        output=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
         num_samples=2,
-        max_new_tokens=12,
+        max_completion_length=12,
         temperature=1.0,
         backend="transformers",
     )
@@ -64,7 +64,7 @@ def _path(output):
 
 
 def records_of(arguments):
-    return sorted(read_records(_path(arguments.output))[0], key=lambda r: (r.problem, r.sample))
+    return sorted(read_records(_path(arguments.output_dir))[0], key=lambda r: (r.problem, r.sample))
 
 
 # Statistics ------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path):
     assert [(r.problem, r.sample) for r in expected] == [(p, s) for p in range(3) for s in range(2)]
     assert all(r.truncated == (r.finish == "length") and 1 <= r.num_tokens <= 12 for r in expected)
     assert len({r.completion for r in expected}) == 6  # each completion has a seed of its own
-    path = _path(arguments.output)
+    path = _path(arguments.output_dir)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:20])
     assert read_records(path)[1] == 1
@@ -215,7 +215,7 @@ def short_model(model, tmp_path):
 def test_new_tokens_end_with_the_models_positions_and_the_report_says_so(arguments, short_model, caplog):
     data = Path(arguments.data[0])
     data.write_text(data.read_text() + json.dumps({"problem": "30+30?", "answer": "60"}) + "\n")
-    args = replace(arguments, model=short_model, max_new_tokens=None)
+    args = replace(arguments, model=short_model, max_completion_length=None)
     prompts = [
         len(prompt_token_ids(load_tokenizer(short_model), json.loads(line)["problem"], args.prompt_template))
         for line in data.read_text().splitlines()
@@ -230,23 +230,26 @@ def test_new_tokens_end_with_the_models_positions_and_the_report_says_so(argumen
         "more instead of 32768."
     )
     assert [r.getMessage() for r in caplog.records if r.name.startswith("attn_trainers.")] == [note]
-    assert (Path(args.output) / "report.md").read_text().endswith(f"\n\n{note}\n")
+    assert (Path(args.output_dir) / "report.md").read_text().endswith(f"\n\n{note}\n")
     # With fewer samples the run is complete: the count is that of the evaluation, not of what was drawn this time.
     evaluate(replace(args, num_samples=1))
-    assert "\n4 of 4 completions are limited" in (Path(args.output) / "report.md").read_text()
+    assert "\n4 of 4 completions are limited" in (Path(args.output_dir) / "report.md").read_text()
 
 
 def test_a_limit_that_was_asked_for_and_does_not_fit_is_refused_before_anything_is_kept(arguments, short_model):
     longest = len(prompt_token_ids(load_tokenizer(short_model), "2+2?", arguments.prompt_template))
-    args = replace(arguments, model=short_model, max_new_tokens=111 - longest)
+    args = replace(arguments, model=short_model, max_completion_length=111 - longest)
     message = (
-        f"max_new_tokens={111 - longest} and a prompt of {longest} tokens exceed the 110 positions of the model; "
+        f"max_completion_length={111 - longest} and a prompt of {longest} tokens exceed the 110 positions of the "
     )
-    with pytest.raises(ValueError, match=f"{message}set max_new_tokens to at most {110 - longest}, or leave it out"):
+    message += "model; "
+    with pytest.raises(
+        ValueError, match=f"{message}set max_completion_length to at most {110 - longest}, or leave it out"
+    ):
         evaluate(args)
-    assert not Path(args.output).exists()  # so that the corrected run is not refused for other settings
-    evaluate(replace(args, max_new_tokens=110 - longest))
-    assert "limited" not in (Path(args.output) / "report.md").read_text()
+    assert not Path(args.output_dir).exists()  # so that the corrected run is not refused for other settings
+    evaluate(replace(args, max_completion_length=110 - longest))
+    assert "limited" not in (Path(args.output_dir) / "report.md").read_text()
 
 
 # The chat template -----------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def test_template_arguments_reach_the_prompt_and_are_a_setting_of_the_run(argume
     tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>' }}{% endif %}"
     tokenizer.save_pretrained(hybrid)
     plain = replace(arguments, model=str(hybrid))
-    off = replace(plain, output=f"{plain.output}-off", chat_template_kwargs='{"enable_thinking": false}')
+    off = replace(plain, output_dir=f"{plain.output_dir}-off", chat_template_kwargs='{"enable_thinking": false}')
     for args in (plain, off):
         evaluate(args)
     # The prompt opens the thinking, and nothing closes it: all of a completion counts as thinking.
@@ -271,14 +274,14 @@ def test_template_arguments_reach_the_prompt_and_are_a_setting_of_the_run(argume
 
 def test_comparison_of_two_runs(arguments, tmp_path):
     evaluate(arguments)
-    other = replace(arguments, output=str(tmp_path / "longer"), max_new_tokens=24)
+    other = replace(arguments, output_dir=str(tmp_path / "longer"), max_completion_length=24)
     evaluate(other)
-    quantities = compare_runs(arguments.output, other.output)["sums"]
+    quantities = compare_runs(arguments.output_dir, other.output_dir)["sums"]
     mean = [sum(r.num_tokens for r in records_of(a)) / 6 for a in (arguments, other)]
     assert quantities["tokens"].difference == pytest.approx(mean[1] - mean[0])
     assert quantities["tokens"].difference > 0
     with pytest.raises(ValueError, match="holds no evaluation"):
-        compare_runs(arguments.output, tmp_path / "nothing")
+        compare_runs(arguments.output_dir, tmp_path / "nothing")
 
 
 @pytest.fixture
@@ -295,7 +298,9 @@ def adapter(model, tmp_path):
 
 def run_into(arguments, name, **changes):
     """Greedy completions of a run into a folder of its own."""
-    changed = replace(arguments, output=f"{arguments.output}-{name}", temperature=0.0, num_samples=1, **changes)
+    changed = replace(
+        arguments, output_dir=f"{arguments.output_dir}-{name}", temperature=0.0, num_samples=1, **changes
+    )
     evaluate(changed)
     return [r.completion for r in records_of(changed)]
 
@@ -318,11 +323,11 @@ def test_vllm_draws_what_transformers_draws_and_resumes(arguments, adapter, tmp_
     long.parent.mkdir()
     row = {"problem": "1 + " * 80 + "1?", "answer": "81"}
     long.write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
-    settings = {"backend": "vllm", "dtype": "float32", "data": [str(long)], "max_new_tokens": 8}
-    sampled = replace(arguments, **settings, output=f"{arguments.output}-sampled")
+    settings = {"backend": "vllm", "dtype": "float32", "data": [str(long)], "max_completion_length": 8}
+    sampled = replace(arguments, **settings, output_dir=f"{arguments.output_dir}-sampled")
     whole = evaluate(sampled)
     expected = records_of(sampled)
-    _path(sampled.output).write_text("".join(_path(sampled.output).read_text().splitlines(keepends=True)[:2]))
+    _path(sampled.output_dir).write_text("".join(_path(sampled.output_dir).read_text().splitlines(keepends=True)[:2]))
     assert evaluate(sampled) == whole
     assert records_of(sampled) == expected
 

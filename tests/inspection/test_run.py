@@ -38,7 +38,7 @@ def data(problems, completions, tmp_path):
 def test_recipe_reads_given_completions_and_samples_the_others(
     model_dir, tiny_tokenizer, problems, completions, data, environment, tmp_path
 ):
-    arguments = ["--model", model_dir, "--data", data, "--output_dir", tmp_path / "out", "--max_new_tokens", 20]
+    arguments = ["--model", model_dir, "--data", data, "--output_dir", tmp_path / "out", "--max_completion_length", 20]
     arguments += ["--prompt_template", "{problem}", "--key_focus_heads", "[[1, 0]]", "--step_mode", "paragraphs"]
     command = [sys.executable, ROOT / "recipes/inspect_attention.py", *map(str, arguments)]
     done = subprocess.run(command, check=True, timeout=600, env=environment, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def test_perturbed_run_and_its_resume(model_dir, data, tmp_path, monkeypatch):
         data=str(data),
         output_dir=str(tmp_path / "out"),
         prompt_template="{problem}",
-        max_new_tokens=40,
+        max_completion_length=40,
         perturb=True,
         perturb_positions=2,
         perturb_max_tokens=10,

@@ -41,9 +41,9 @@ def evaluate(monkeypatch, capsys):
 
 
 def test_a_right_command_evaluates(evaluate, model, data, tmp_path):
-    options = ["--model", model, "--data", data, "--output", tmp_path / "out", "--num_samples", 1]
+    options = ["--model", model, "--data", data, "--output_dir", tmp_path / "out", "--num_samples", 1]
     options += [
-        "--max_new_tokens",
+        "--max_completion_length",
         3,
         "--backend",
         "transformers",
@@ -72,7 +72,7 @@ def test_a_right_command_evaluates(evaluate, model, data, tmp_path):
     ],
 )
 def test_a_wrong_command_is_refused_in_a_line(evaluate, model, data, tmp_path, options, line):
-    base = {"--model": model, "--data": data, "--output": tmp_path / "out", "--max_new_tokens": 3}
+    base = {"--model": model, "--data": data, "--output_dir": tmp_path / "out", "--max_completion_length": 3}
     base = [part for name, value in base.items() if name != options[0] for part in (name, value)]
     code, out, err = evaluate(*base, *options)
     # The libraries may have put their own lines before; the refusal is the last, and one.

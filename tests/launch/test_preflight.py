@@ -7,8 +7,10 @@ import sys
 import pytest
 from transformers import T5Config
 from trl import ModelConfig
+from trl.trainer.utils import RepeatSampler
 
 from attn_trainers import AttnPOConfig, AttnRLConfig, RhythmConfig
+from attn_trainers.launch.engine import check_sampling
 from attn_trainers.launch.memory import GIB, ModelShape, Sharding, TrainingSetup
 from attn_trainers.launch.preflight import (
     Device,
@@ -28,7 +30,7 @@ from attn_trainers.launch.recipe import check_run, set_model_init_kwargs
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.sampling.problems import load_problems, with_prompts
 from attn_trainers.tiny.byte_model import build_byte_model
-from tests.helpers import ROOT
+from tests.helpers import ROOT, refused_in_a_line
 
 
 SMALL = {
@@ -278,8 +280,59 @@ def test_preflight_alone_trains_nothing_and_a_refusal_is_one_line(problems, tmp_
     assert "Preflight\n" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["_tiny-model"]
     monkeypatch.setattr(sys, "argv", [*command.split(), "--branching", "best"])
-    with pytest.raises(SystemExit, match="^Refused: branching='best' is unknown; set it to one of attention"):
+    with refused_in_a_line(capsys, "^Refused: branching='best' is unknown; set it to one of attention"):
         runpy.run_path(recipe, run_name="__main__")
     monkeypatch.setattr(sys, "argv", [*command.split(), "--max_completion_length", "5000"])
-    with pytest.raises(SystemExit, match="^Refused: max_completion_length=5000"):
+    with refused_in_a_line(capsys, "^Refused: max_completion_length=5000"):
         runpy.run_path(recipe, run_name="__main__")
+
+
+# vLLM -------------------------------------------------------------------------------------------------
+
+VLLM = {"use_vllm": True, "vllm_max_model_length": 300}
+
+
+def test_truncated_sampling_does_not_go_with_the_correction(run):
+    def cut(**settings) -> list[str]:
+        return [w.split(":")[0] for w in run(**VLLM, **settings).warnings if "scales the loss down" in w]
+
+    assert cut() == []
+    assert cut(top_p=0.9, min_p=0.05) == ["top_p=0.9, min_p=0.05"] and cut(top_k=20) == ["top_k=20"]
+    assert cut(top_p=0.9, vllm_importance_sampling_correction=False) == []
+
+
+def test_what_trl_lets_an_engine_compute_at_once(run, tmp_path):
+    def step(**settings) -> tuple[str, list[str]]:
+        report = run(RhythmConfig, use_vllm=True, save_steps=1, per_device_train_batch_size=4, **settings)
+        return dict(report.rows)["tokens per engine step"], [w for w in report.warnings if "new prompts wait" in w]
+
+    def batch(updates: int) -> dict[str, int]:
+        return {"generation_batch_size": 4 * updates, "gradient_accumulation_steps": updates, "records": many}
+
+    many = [{"problem": f"{i} + 1", "answer": str(i + 1)} for i in range(1025)]
+    assert step(**batch(512)) == ("at most 4096, fixed by TRL", [])
+    few = {"generation_batch_size": 8, "max_completion_length": 3896}
+    assert step(**few) == ("at most 4096, fixed by TRL", [])
+    report = Report()
+    check_sampling(RhythmConfig(str(tmp_path), use_vllm=True, **(SMALL | {"max_completion_length": 8192})), 1, report)
+    assert report.rows == [("tokens per engine step", "at most 4096, fixed by TRL; a prefix of 8193 is read in 3")]
+    (warning,) = step(**batch(513))[1]
+    assert warning.startswith("2052 sequences at once take most of the 4096 tokens")
+    with pytest.raises(ValueError, match="=4 x steps_per_generation=1025 asks vLLM for 4100 sequences at once"):
+        step(**batch(1025))
+
+
+def test_a_prompt_batch_that_cannot_grow_does_not_fill_the_rows(run):
+    def warned(**settings) -> list[str]:
+        return [w for w in run(**settings).warnings if w.startswith("max_prompt_batch_factor=")]
+
+    assert warned() == [] and warned(max_prompt_batch_factor=1.25) == []
+    (warning,) = warned(max_prompt_batch_factor=1.0)
+    assert "never more than 4 prompts come, which fill generation_batch_size=16 only where" in warning
+
+
+def test_trl_draws_no_batch_that_is_not_whole():
+    """What the refusal of a small data set says of TRL."""
+    whole = RepeatSampler(range(8), mini_repeat_count=4, batch_size=8)
+    assert sum(1 for _ in whole) == 32
+    assert list(RepeatSampler(range(7), mini_repeat_count=4, batch_size=8)) == []

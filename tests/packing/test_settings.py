@@ -222,8 +222,8 @@ def test_flash_attention_of_the_model(build_model, tree_rows, plain, shape, flas
 
     model = build_model(shape)
     values, grads = plain(model)
-    loaded = (None, flash_varlen, None, None, None), flash._lazy_define_process_function(flash_varlen)
-    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda name: loaded)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: (None, flash_varlen, None, None, None))
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
     monkeypatch.setattr("attn_trainers.packing.ability.flash_attn_supports_top_left_mask", lambda: False)
     model.config._attn_implementation = "flash_attention_2"
     logps = packed_logps(model, *tree_rows)

@@ -17,7 +17,7 @@ from .ranking import RankingOptions
 
 
 FREE = (
-    ("output", "num_heads", "selection", "average", "criterion", "match_distance", "min_pairs", "held_out")
+    ("output_dir", "num_heads", "selection", "average", "criterion", "match_distance", "min_pairs", "held_out")
     + ("batch_size", "intervention_responses")
 )  # fmt: skip
 """Settings that a repeated run may change: nothing that is kept in the folder hangs on them."""
@@ -34,7 +34,7 @@ class DiscoveryArguments:
             "step); or problem, answer and completion, to be labelled; or problem and answer, to be solved first."
         }
     )
-    output: str = field(default="runs/heads", metadata={"help": "Folder for everything that is found."})
+    output_dir: str = field(default="runs/heads", metadata={"help": "Folder for everything that is found."})
     num_heads: int = field(default=3, metadata={"help": "Heads to choose."})
     selection: str = field(
         default="top_k", metadata={"help": "'top_k' (best single heads) or 'greedy' (best together)."}
@@ -76,7 +76,7 @@ class DiscoveryArguments:
         default=None, metadata={"help": "Arguments of the chat template as JSON, e.g. '{\"enable_thinking\": false}'."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Of the generation."})
-    max_new_tokens: int = field(default=16384, metadata={"help": "Tokens per completion at most."})
+    max_completion_length: int = field(default=16384, metadata={"help": "Tokens per completion at most."})
     backend: str = field(default="auto", metadata={"help": "'vllm', 'transformers' or 'auto'."})
     batch_size: int = field(default=8, metadata={"help": "Sequences per forward."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights."})
@@ -125,7 +125,7 @@ class DiscoveryArguments:
 
 def check_output(args: DiscoveryArguments) -> Path:
     """The output folder, refused where it holds a discovery with other settings."""
-    output = Path(args.output)
+    output = Path(args.output_dir)
     path = output / "settings.json"
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
     settings["data_digest"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
@@ -134,8 +134,8 @@ def check_output(args: DiscoveryArguments) -> Path:
         changed = sorted(name for name in settings if settings[name] != earlier.get(name))
         if changed:
             raise ValueError(
-                f"output={args.output!r} holds a discovery with other settings ({', '.join(changed)}); choose another "
-                "folder, or the settings in its settings.json."
+                f"output_dir={args.output_dir!r} holds a discovery with other settings ({', '.join(changed)}); choose "
+                "another folder, or the settings in its settings.json."
             )
     (output / "scores").mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")

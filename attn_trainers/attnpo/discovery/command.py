@@ -16,7 +16,7 @@ class ComparisonArguments:
     """Two discoveries to compare."""
 
     compare: list[str] = field(metadata={"help": "Output folders of two discoveries."})
-    output: str = field(default="runs/heads_moved", metadata={"help": "Folder for what is found."})
+    output_dir: str = field(default="runs/heads_moved", metadata={"help": "Folder for what is found."})
 
     def __post_init__(self):
         if len(self.compare) != 2:
@@ -26,7 +26,7 @@ class ComparisonArguments:
 def find(args: DiscoveryArguments) -> None:
     """Find the heads, draw the pictures into the output folder and print the ranking."""
     heads, report, held_out = discover_heads(args)
-    output = Path(args.output)
+    output = Path(args.output_dir)
     plot_head_map(report, heads.heads, output / "head_map.png")
     plot_ensembles(report, output / "ensembles.png")
     if report.intervention:
@@ -38,7 +38,7 @@ def find(args: DiscoveryArguments) -> None:
 def compare(args: ComparisonArguments) -> None:
     """Say how the ranking moved between two models: `comparison.json` and `comparison.png` in the output folder."""
     comparison = compare_heads(*args.compare)
-    output = Path(args.output)
+    output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "comparison.json").write_text(json.dumps(asdict(comparison), indent=2) + "\n")
     plot_comparison(comparison, output / "comparison.png")

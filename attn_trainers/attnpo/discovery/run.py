@@ -135,14 +135,16 @@ def _generated_candidates(
     ]
     prompts = {index: prompt_ids_of(args, tokenizer, records[index]["problem"]) for index, _ in missing}
     requests = [
-        GenerationRequest(prompts[index], args.max_new_tokens, request_seed(args.seed, "probing", index, sample))
+        GenerationRequest(
+            prompts[index], args.max_completion_length, request_seed(args.seed, "probing", index, sample)
+        )
         for index, sample in missing
     ]
     requests, num_cut = fit_positions(requests, num_positions(load_config(args.model)))
     if num_cut:
         print(
             f"{num_cut} of {len(requests)} completions are limited by the model's positions to fewer than "
-            f"max_new_tokens={args.max_new_tokens}."
+            f"max_completion_length={args.max_completion_length}."
         )
     settings = SamplingSettings(temperature=args.temperature, dtype=args.dtype, batch_size=args.batch_size)
     progress = tqdm(total=len(requests) + len(done), initial=len(done), desc="Completions", unit="response")
@@ -239,7 +241,7 @@ def score_responses(
 
 
 def discover_heads(args: DiscoveryArguments) -> tuple[KeyFocusHeads, HeadReport, HeldOutReport | None]:
-    """Run all stages and write `heads.json`, `report.json` and what the stages keep into `args.output`.
+    """Run all stages and write `heads.json`, `report.json` and what the stages keep into `args.output_dir`.
 
     Raises:
         ValueError: the settings or the data cannot work, or the folder holds a discovery with other settings.

@@ -53,7 +53,7 @@ def test_another_criterion_where_one_has_no_matched_pairs(two, tmp_path):
 
 
 def test_recipe_compares(two, tmp_path, capsys, monkeypatch):
-    arguments = ["--compare", *map(str, two), "--output", str(tmp_path / "moved")]
+    arguments = ["--compare", *map(str, two), "--output_dir", str(tmp_path / "moved")]
     monkeypatch.setattr("sys.argv", ["find_key_focus_heads.py", *arguments])
     runpy.run_path(str(ROOT / "recipes" / "find_key_focus_heads.py"), run_name="__main__")
     assert "1 shared, overlap 0.33" in capsys.readouterr().out

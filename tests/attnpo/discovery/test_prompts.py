@@ -29,7 +29,7 @@ def arguments(doubtful, problems, tmp_path):
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
     settings = {"prompt_template": "{problem}", "step_mode": "paragraphs", "backend": "transformers"}
     settings |= {"num_samples": 4, "min_accuracy": 0.0}
-    return {"model": str(folder), "data": str(data), "output": str(tmp_path / "out")} | settings
+    return {"model": str(folder), "data": str(data), "output_dir": str(tmp_path / "out")} | settings
 
 
 def test_template_arguments_reach_the_prompt(arguments, problems):
@@ -45,11 +45,11 @@ def test_template_arguments_reach_the_prompt(arguments, problems):
 
 
 def test_completions_end_with_the_models_positions(arguments, problems, capsys):
-    args = DiscoveryArguments(**arguments, max_new_tokens=100)
+    args = DiscoveryArguments(**arguments, max_completion_length=100)
     tokenizer = load_tokenizer(args.model)
     output = check_output(args)
     find_candidates(args, tokenizer, output)
-    assert "16 of 16 completions are limited by the model's positions to fewer than max_new_tokens=100." in (
+    assert "16 of 16 completions are limited by the model's positions to fewer than max_completion_length=100." in (
         capsys.readouterr().out
     )
     rooms = [30 - len(prompt_ids_of(args, tokenizer, p.text)) for p in problems]

@@ -53,7 +53,7 @@ def test_given_labels_lead_to_the_ranking_of_eager_attention(
 ):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    settings = {"model": str(tmp_path / "model"), "data": str(labelled_data), "output": str(tmp_path / "out")}
+    settings = {"model": str(tmp_path / "model"), "data": str(labelled_data), "output_dir": str(tmp_path / "out")}
     settings |= {"step_mode": "paragraphs", "prompt_template": "{problem}", "num_heads": 2, "held_out": 0.0}
     settings |= {"criterion": "all"}
     heads, report, held_out = discover_heads(DiscoveryArguments(**settings))
@@ -98,8 +98,13 @@ def test_given_labels_lead_to_the_ranking_of_eager_attention(
 def test_recipe_from_problems_alone(doubtful, problems, tmp_path, capsys, monkeypatch):
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps({"problem": p.text, "answer": p.answer}) + "\n" for p in problems))
-    settings = {"model": str(doubtful), "data": str(data), "output": str(tmp_path / "out"), "held_out": 0.5}
-    settings |= {"step_mode": "paragraphs", "prompt_template": "{problem}", "max_new_tokens": 64, "num_samples": 8}
+    settings = {"model": str(doubtful), "data": str(data), "output_dir": str(tmp_path / "out"), "held_out": 0.5}
+    settings |= {
+        "step_mode": "paragraphs",
+        "prompt_template": "{problem}",
+        "max_completion_length": 64,
+        "num_samples": 8,
+    }
     settings |= {"backend": "transformers", "min_accuracy": 0.0, "max_responses": 20, "num_heads": 2}
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["find_key_focus_heads.py", *arguments])
