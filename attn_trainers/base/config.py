@@ -14,6 +14,10 @@ from .report import Report
 PER_TOKEN_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
 
 
+# How a LoRA goes to vLLM.
+LORA_SYNCS = ("auto", "adapter", "merged")
+
+
 @dataclass
 class MethodConfig(GRPOConfig):
     """
@@ -24,15 +28,32 @@ class MethodConfig(GRPOConfig):
             Text that ends the thinking part.
         accuracy_reward (`str`, *optional*):
             Name of the reward function that says whether a response is correct. Default: the first.
+        lora_sync (`str`, *optional*, defaults to `"auto"`):
+            How a LoRA goes to vLLM: by itself (`"adapter"`, colocate only), merged into the whole weights
+            (`"merged"`), or as an adapter where vLLM takes it (`"auto"`).
     """
 
     end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
     accuracy_reward: str | None = field(
         default=None, metadata={"help": "Name of the reward function that is the correctness. Default: the first."}
     )
+    lora_sync: str = field(
+        default="auto",
+        metadata={
+            "help": "How a LoRA goes to vLLM: adapter, merged, or auto (as an adapter where vLLM takes it).",
+            "choices": list(LORA_SYNCS),
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lora_sync not in LORA_SYNCS:
+            raise ValueError(f"lora_sync={self.lora_sync!r} is unknown; set it to one of {', '.join(LORA_SYNCS)}.")
+        if self.lora_sync == "adapter" and not (self.use_vllm and self.vllm_mode == "colocate"):
+            raise ValueError(
+                f"lora_sync='adapter' does not go with use_vllm={self.use_vllm}, vllm_mode={self.vllm_mode!r}: an "
+                "adapter goes to a colocated engine only; set lora_sync to 'auto'."
+            )
         if not self.end_of_thinking:
             raise ValueError(
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
