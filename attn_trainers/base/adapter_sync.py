@@ -56,6 +56,25 @@ def adapts_embeddings(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in ends)
 
 
+def check_tied_ends(model: nn.Module) -> None:
+    """Refuse an adapter that parts what vLLM holds once: embeddings and output head of one weight, adapted apart.
+
+    Nothing shows at the start, as an adapter begins with no change; merged, each part's change would reach the other.
+
+    Raises:
+        ValueError: for such an adapter.
+    """
+    if not is_peft_model(model) or not model.config.get_text_config().tie_word_embeddings:
+        return
+    config = model.peft_config[model.active_adapters[0]]
+    if adapts_embeddings(model) and not getattr(config, "ensure_weight_tying", False):
+        raise ValueError(
+            f"lora_target_modules={config.target_modules!r}, modules_to_save={config.modules_to_save!r} adapt the "
+            "embeddings or the output head, but this model ties them, and vLLM holds them once; leave both out, or "
+            "set use_vllm to False."
+        )
+
+
 def supports_lora(architectures: list[str] | None) -> bool:
     """Whether vLLM's model of an architecture takes adapters."""
     from vllm.model_executor.models import ModelRegistry

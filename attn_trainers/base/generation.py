@@ -19,7 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..sampling.requests import GeneratedTokens, GenerationRequest
 from ..sampling.transformers import generate_batch
 from ..sampling.vllm import generate_with_engine, limit_cpu_cache
-from .adapter_sync import adapter_engine, push_adapter, takes_adapter
+from .adapter_sync import adapter_engine, check_tied_ends, push_adapter, takes_adapter
 from .cpu_reload import reload_packed_weights
 from .forwards import without_dropout
 from .sync_check import SyncReadings, engine_logps, probe_tokens
@@ -79,6 +79,8 @@ class GenerationMixin:
         limit_cpu_cache()
         with adapter_engine(self):
             super().__init__(*args, **kwargs)
+        if self.use_vllm:
+            check_tied_ends(self.model)
 
     def _sync_vllm_if_stale(self) -> None:
         """Push the weights if they changed since the last push, or if vLLM's sleep discarded them.

@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from trl.generation import vllm_generation as trl_vllm
 
 from attn_trainers.base import adapter_sync
-from attn_trainers.base.adapter_sync import adapter_engine, adapter_hindrance, lora_hindrance
+from attn_trainers.base.adapter_sync import adapter_engine, adapter_hindrance, check_tied_ends, lora_hindrance
 from attn_trainers.base.config import LORA_SYNCS, MethodConfig
 from attn_trainers.tiny.arithmetic import build_model
 
@@ -62,6 +62,27 @@ def test_what_keeps_an_adapter_from_travelling(
         model = get_peft_model(model, LoraConfig(target_modules=targets))
     found = adapter_hindrance(model, options, is_sharded)
     assert found is None if hindrance is None else found.startswith(hindrance)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+    ],
+)
+def test_an_adapter_that_parts_tied_embeddings_is_refused(tiny_tokenizer, settings, parts, tied):
+    model = build_model(tiny_tokenizer, 64, 2, tie_word_embeddings=tied)
+    check_tied_ends(model)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    if parts and tied:
+        with pytest.raises(ValueError, match="lora_target_modules=.* adapt the embeddings or the output head"):
+            check_tied_ends(model)
+    else:
+        check_tied_ends(model)
 
 
 @pytest.mark.parametrize(
