@@ -176,7 +176,7 @@ def push_adapter(vllm_generation: VLLMGeneration) -> None:
     (name,) = model.active_adapters
     trained = [parameter for key, parameter in model.named_parameters() if model.prefix in key]
     with vllm_generation._dist.gather_params(trained):
-        weights = get_peft_model_state_dict(model, adapter_name=name)
+        weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         weights = {key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in weights.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_file(weights, f"{folder}/adapter_model.safetensors")
