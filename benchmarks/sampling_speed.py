@@ -102,7 +102,9 @@ def main() -> None:
     for bind in args.bind:
         command = [sys.executable, __file__, "--one", "--model", args.model, "--data", args.data]
         command += [f"--{name}={getattr(args, name)}" for name in ("problems", "tokens", "rounds")]
-        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind}
+        # Without binding, threads are as many as this variable says; a number there is no part of the comparison.
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         rates = json.loads(done.stdout.strip().splitlines()[-1])
         means = {name: sum(values) / len(values) for name, values in rates.items()}
