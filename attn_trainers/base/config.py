@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
 from .checkpoints import check_save_interval, steps_between_generations
+from .options import check_choices
 from .report import Report
 
 
@@ -47,8 +48,7 @@ class MethodConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lora_sync not in LORA_SYNCS:
-            raise ValueError(f"lora_sync={self.lora_sync!r} is unknown; set it to one of {', '.join(LORA_SYNCS)}.")
+        check_choices(self, {"lora_sync": LORA_SYNCS})
         if self.lora_sync == "adapter" and not (self.use_vllm and self.vllm_mode == "colocate"):
             raise ValueError(
                 f"lora_sync='adapter' does not go with use_vllm={self.use_vllm}, vllm_mode={self.vllm_mode!r}: an "

@@ -14,7 +14,6 @@ from accelerate.utils import is_peft_model
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
-from trl.models.utils import disable_gradient_checkpointing
 
 from ..sampling.requests import GeneratedTokens, GenerationRequest
 from ..sampling.transformers import generate_batch
@@ -22,7 +21,7 @@ from ..sampling.vllm import generate_with_engine, limit_cpu_cache
 from .adapter_sync import adapter_engine, check_tied_ends, push_adapter, takes_adapter
 from .cpu_reload import reload_packed_weights
 from .forwards import without_dropout
-from .sync_check import SyncReadings, engine_logps, probe_tokens
+from .sync_check import SyncReadings, engine_logps, probe_tokens, push_error
 
 
 logger = logging.getLogger(__name__)
@@ -94,14 +93,26 @@ class GenerationMixin:
             checking = engine.mode == "colocate" and not self._sync_is_checked
             # A resumed trainer has other weights than those that the engine loaded at its start.
             as_loaded = self._probe_engine() if checking and not asleep and self.state.global_step == 0 else None
-            with profiling_context(self, "sync_weights"):
-                sync_vllm_weights(engine)
+            try:
+                with profiling_context(self, "sync_weights"):
+                    sync_vllm_weights(engine)
+            except (KeyError, RuntimeError) as error:  # a name or a shape that the engine does not know
+                if not checking:
+                    raise
+                raise ValueError(push_error(self.model.config.architectures, error)) from error
             self._last_loaded_step = self.state.global_step
             if checking:
                 self._check_sync(as_loaded)
 
     # Whether the first push was looked at.
     _sync_is_checked = False
+
+    def _sequence_logps(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of each token of a sequence but the first, at temperature 1; one forward, on every rank."""
+        ids = torch.tensor([list(tokens)], device=self.accelerator.device)  # (1, T)
+        with torch.no_grad(), without_dropout(self.model), self.accelerator.autocast():
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]  # (T - 1, V)
+        return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
 
     def _probe_engine(self) -> torch.Tensor:
         """Log-probs (T - 1,) of the probe in vLLM."""
@@ -113,11 +124,7 @@ class GenerationMixin:
     def _check_sync(self, as_loaded: torch.Tensor | None) -> None:
         """Compare vLLM with the trainer after the first push; all ranks end alike."""
         tokens = probe_tokens(len(self._tokenizer), self.vllm_generation.max_model_length)
-        ids = torch.tensor([tokens], device=self.accelerator.device)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), self.accelerator.autocast(), checkpointing, without_dropout(self.model):
-            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float().cpu()
-        own = logits.log_softmax(-1).gather(1, ids[0, 1:, None].cpu())[:, 0]  # (T - 1,)
+        own = torch.tensor(self._sequence_logps(tokens))  # (T - 1,)
         before = None if as_loaded is None else (as_loaded - own).abs().mean().item()
         readings = SyncReadings((self._probe_engine() - own).abs().mean().item(), before, own.std().item())
         if self.max_over_ranks(not readings.is_right):

@@ -40,6 +40,16 @@ def engine_logps(llm, tokens: list[int]) -> Tensor:
     return torch.tensor([logprobs[token].logprob for logprobs, token in pairs])
 
 
+def push_error(architectures: list[str] | None, error: Exception) -> str:
+    """One line on a first push that the engine did not take, for a model of these architectures."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    name = ", ".join(architectures or ["this model"])
+    return (
+        f"use_vllm=True does not go with {name}: vLLM cannot take the trainer's weights ({reason}); set use_vllm to "
+        "False, or use another model."
+    )
+
+
 @dataclass(frozen=True)
 class SyncReadings:
     """Mean |log-prob of the trainer - of the engine| on the probe, in nats.

@@ -235,6 +235,28 @@ def test_a_first_push_that_changes_what_the_engine_computes_ends_the_run(make_tr
             trainer._sync_vllm_if_stale()
 
 
+@pytest.mark.parametrize(("checked", "kind"), [(False, ValueError), (True, RuntimeError)])
+def test_weights_that_an_engine_does_not_take_end_the_run_at_its_start_in_one_line(
+    make_trainer, monkeypatch, checked, kind
+):
+    trainer = make_trainer()
+    trainer._last_loaded_step, trainer._sync_is_checked = -1, checked
+    trainer.vllm_generation = SimpleNamespace(mode="colocate", enable_sleep_mode=False, llm=None, max_model_length=64)
+    monkeypatch.setattr("attn_trainers.base.generation.engine_logps", lambda llm, tokens: torch.zeros(47))
+
+    def sync(engine):
+        raise RuntimeError("size 128 is not 96\nmore")
+
+    monkeypatch.setattr("attn_trainers.base.generation.sync_vllm_weights", sync)
+    with pytest.raises(kind) as error:
+        trainer._sync_vllm_if_stale()
+    if not checked:
+        assert str(error.value) == (
+            "use_vllm=True does not go with Qwen2ForCausalLM: vLLM cannot take the trainer's weights (size 128 is not "
+            "96); set use_vllm to False, or use another model."
+        )
+
+
 @pytest.fixture
 def fake_engine(monkeypatch):
     """An engine that keeps the settings it is asked to sample by, and what else happened in their order."""
