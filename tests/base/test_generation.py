@@ -48,7 +48,10 @@ def token_sum(completions, completion_ids, **kwargs):
 
 @pytest.fixture
 def make_trainer(tmp_path, tiny_tokenizer):
+    engines = []
+
     def make(kind="untied", peft_config=None, **kwargs):
+        engines.extend([kind] * kwargs.get("use_vllm", False))
         torch.manual_seed(0)
         folder = tmp_path / "model"
         if kind == "experts":
@@ -81,7 +84,8 @@ def make_trainer(tmp_path, tiny_tokenizer):
         )
 
     yield make
-    gc.collect()  # an engine that dies while the next one starts would take its process group along
+    if engines:
+        gc.collect()  # an engine that dies while the next one starts would take its process group along
 
 
 def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):
