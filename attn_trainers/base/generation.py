@@ -14,6 +14,7 @@ from accelerate.utils import is_peft_model
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
 
 from ..sampling.requests import GeneratedTokens, GenerationRequest
 from ..sampling.transformers import generate_batch
@@ -108,11 +109,21 @@ class GenerationMixin:
     _sync_is_checked = False
 
     def _sequence_logps(self, tokens: Sequence[int]) -> list[float]:
-        """Log-probs of each token of a sequence but the first, at temperature 1; one forward, on every rank."""
+        """Log-probs of each token of a sequence but the first, at temperature 1; one forward, on every rank.
+
+        The forward is TRL's own: under ZeRO-3 all forwards of a model must go the same way through its modules.
+        """
         ids = torch.tensor([list(tokens)], device=self.accelerator.device)  # (1, T)
-        with torch.no_grad(), without_dropout(self.model), self.accelerator.autocast():
-            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]  # (T - 1, V)
-        return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        temperature, self.temperature = self.temperature, 1.0
+        try:
+            with torch.no_grad(), without_dropout(self.model), checkpointing:
+                logps, _, _ = super()._get_per_token_logps_and_entropies(
+                    self.model, ids, torch.ones_like(ids), ids.size(1) - 1, batch_size=1
+                )
+        finally:
+            self.temperature = temperature
+        return logps[0].float().tolist()
 
     def _probe_engine(self) -> torch.Tensor:
         """Log-probs (T - 1,) of the probe in vLLM."""
