@@ -241,3 +241,17 @@ def test_completions_are_logged_in_training_and_evaluation_alike():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert 'self._logs["prompt"].extend(gather_object(prompts))' in source
     assert '**self._logs["extra"],' in inspect.getsource(GRPOTrainer.log)
+
+
+def test_the_engine_is_made_by_a_name_that_can_stand_for_another_and_asked_without_an_adapter():
+    source = inspect.getsource(VLLMGeneration)
+    assert source.count("self.llm = LLM(") == 1 and source.count("self.llm.generate(") == 1
+    assert "lora_request" not in source and "max_model_len=self.max_model_length" in source
+
+
+def test_a_mixture_of_experts_that_has_a_kernel_takes_new_weights_for_packed_ones():
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    source = inspect.getsource(UnquantizedFusedMoEMethod._setup_kernel)
+    assert "is_weight_update = self.moe_kernel is not None" in source and "if not is_weight_update:" in source

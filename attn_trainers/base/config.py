@@ -8,11 +8,16 @@ from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
 
 from .checkpoints import check_save_interval, steps_between_generations
+from .options import check_choices
 from .report import Report
 
 
 # Losses that take advantages of shape (B, T).
 PER_TOKEN_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
+
+
+# How a LoRA goes to vLLM.
+LORA_SYNCS = ("auto", "adapter", "merged")
 
 
 @dataclass
@@ -25,6 +30,9 @@ class MethodConfig(GRPOConfig):
             Text that ends the thinking part.
         accuracy_reward (`str`, *optional*):
             Name of the reward function that says whether a response is correct. Default: the first.
+        lora_sync (`str`, *optional*, defaults to `"auto"`):
+            How a LoRA goes to vLLM: by itself (`"adapter"`, colocate only), merged into the whole weights
+            (`"merged"`), or as an adapter where vLLM takes it (`"auto"`).
 
         > Parameters that control reports
 
@@ -50,9 +58,22 @@ class MethodConfig(GRPOConfig):
     push_revisions: bool = field(
         default=False, metadata={"help": "Push each checkpoint to a branch step-N of the model's repository."}
     )
+    lora_sync: str = field(
+        default="auto",
+        metadata={
+            "help": "How a LoRA goes to vLLM: adapter, merged, or auto (as an adapter where vLLM takes it).",
+            "choices": list(LORA_SYNCS),
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        check_choices(self, {"lora_sync": LORA_SYNCS})
+        if self.lora_sync == "adapter" and not (self.use_vllm and self.vllm_mode == "colocate"):
+            raise ValueError(
+                f"lora_sync='adapter' does not go with use_vllm={self.use_vllm}, vllm_mode={self.vllm_mode!r}: an "
+                "adapter goes to a colocated engine only; set lora_sync to 'auto'."
+            )
         if not self.end_of_thinking:
             raise ValueError(
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."

@@ -14,47 +14,29 @@ from accelerate.utils import is_peft_model
 from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
 
 from ..sampling.requests import GeneratedTokens, GenerationRequest
 from ..sampling.transformers import generate_batch
 from ..sampling.vllm import generate_with_engine, limit_cpu_cache
+from .adapter_sync import adapter_engine, check_tied_ends, push_adapter, takes_adapter
+from .cpu_reload import reload_packed_weights
+from .forwards import without_dropout
+from .sync_check import SyncReadings, engine_logps, probe_tokens, push_error
 
 
 logger = logging.getLogger(__name__)
 
 
 def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
-    """Push the trainer's weights to vLLM.
-
-    On a GPU and for a server this is TRL's own sync. vLLM's CPU backend packs the weights of its linear layers and
-    drops the originals, so that weights cannot be written into it one by one: there the layers are loaded anew and
-    packed again.
-    """
+    """Push the trainer's weights to vLLM: by TRL's own sync but for an engine on a CPU, or one that takes adapters."""
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
-    if vllm_generation.mode != "colocate" or not on_cpu:
+    if takes_adapter(vllm_generation):
+        push_adapter(vllm_generation)
+    elif vllm_generation.mode == "colocate" and on_cpu:
+        reload_packed_weights(vllm_generation.llm, vllm_generation._iter_named_params())
+    else:
         vllm_generation.sync_weights()
-        return
-    runner = vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
-    # A tied output head has no weights of its own to load, which is reported as a failure at each sync.
-    reload_logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    level = reload_logger.level
-    reload_logger.setLevel(logging.ERROR)
-    try:
-        runner.reload_weights(weights_iterator=vllm_generation._iter_named_params())
-    finally:
-        reload_logger.setLevel(level)
-    _repack_tied_head(runner.get_model())
-    vllm_generation.llm.reset_prefix_cache()
-
-
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    """Pack a tied output head again: it shares the embedding's weights, but multiplies by a packed copy of its own."""
-    head = getattr(model, "lm_head", None)
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is None or embedding is None or head is embedding:
-        return
-    if head.weight.data_ptr() == embedding.weight.data_ptr():
-        head.quant_method.process_weights_after_loading(head)
 
 
 def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
@@ -95,16 +77,70 @@ class GenerationMixin:
 
     def __init__(self, *args, **kwargs):
         limit_cpu_cache()
-        super().__init__(*args, **kwargs)
+        with adapter_engine(self):
+            super().__init__(*args, **kwargs)
+        if self.use_vllm:
+            check_tied_ends(self.model)
 
     def _sync_vllm_if_stale(self) -> None:
-        """Push the weights if they changed since the last push, or if vLLM's sleep discarded them."""
+        """Push the weights if they changed since the last push, or if vLLM's sleep discarded them.
+
+        Raises:
+            ValueError: if the first push shows that vLLM then computes something else than the trainer.
+        """
         engine = self.vllm_generation
         asleep = engine.mode == "colocate" and engine.enable_sleep_mode and engine._llm_weights_sleeping
         if asleep or self.state.global_step != self._last_loaded_step:
-            with profiling_context(self, "sync_weights"):
-                sync_vllm_weights(engine)
+            checking = engine.mode == "colocate" and not self._sync_is_checked
+            # A resumed trainer has other weights than those that the engine loaded at its start.
+            as_loaded = self._probe_engine() if checking and not asleep and self.state.global_step == 0 else None
+            try:
+                with profiling_context(self, "sync_weights"):
+                    sync_vllm_weights(engine)
+            except (KeyError, RuntimeError) as error:  # a name or a shape that the engine does not know
+                if not checking:
+                    raise
+                raise ValueError(push_error(self.model.config.architectures, error)) from error
             self._last_loaded_step = self.state.global_step
+            if checking:
+                self._check_sync(as_loaded)
+
+    # Whether the first push was looked at.
+    _sync_is_checked = False
+
+    def _sequence_logps(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of each token of a sequence but the first, at temperature 1; one forward, on every rank.
+
+        The forward is TRL's own: under ZeRO-3 all forwards of a model must go the same way through its modules.
+        """
+        ids = torch.tensor([list(tokens)], device=self.accelerator.device)  # (1, T)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        temperature, self.temperature = self.temperature, 1.0
+        try:
+            with torch.no_grad(), without_dropout(self.model), checkpointing:
+                logps, _, _ = super()._get_per_token_logps_and_entropies(
+                    self.model, ids, torch.ones_like(ids), ids.size(1) - 1, batch_size=1
+                )
+        finally:
+            self.temperature = temperature
+        return logps[0].float().tolist()
+
+    def _probe_engine(self) -> torch.Tensor:
+        """Log-probs (T - 1,) of the probe in vLLM."""
+        engine = self.vllm_generation
+        if engine.enable_sleep_mode:
+            engine.llm.wake_up(tags=["kv_cache"])
+        return engine_logps(engine.llm, probe_tokens(len(self._tokenizer), engine.max_model_length))
+
+    def _check_sync(self, as_loaded: torch.Tensor | None) -> None:
+        """Compare vLLM with the trainer after the first push; all ranks end alike."""
+        tokens = probe_tokens(len(self._tokenizer), self.vllm_generation.max_model_length)
+        own = torch.tensor(self._sequence_logps(tokens))  # (T - 1,)
+        before = None if as_loaded is None else (as_loaded - own).abs().mean().item()
+        readings = SyncReadings((self._probe_engine() - own).abs().mean().item(), before, own.std().item())
+        if self.max_over_ranks(not readings.is_right):
+            raise ValueError(readings.error(self.model.config.architectures))
+        self._sync_is_checked = True
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self.use_vllm:

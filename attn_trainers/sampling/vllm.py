@@ -1,7 +1,9 @@
 """What trainers and evaluation need of a vLLM engine. vLLM itself is imported where it is first used."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -32,46 +34,109 @@ def sampled_logps(output) -> list[float]:
     return [logprobs[token_id].logprob for token_id, logprobs in zip(output.token_ids, output.logprobs, strict=True)]
 
 
-def engine_calls(llm, requests: Sequence[GenerationRequest], on_cpu: bool) -> list[list[int]]:
-    """Indices of the requests of each call to the engine: all in one, but for seeded requests on a CPU.
+@dataclass(frozen=True)
+class Admission:
+    """How many requests may be in an engine at once.
 
-    A request with a seed has a generator of its own. Where a prompt is prefilled in chunks, vLLM takes back what the
-    sampler drew from it in between, which CPU generators cannot do: so there a call holds no more prompt tokens than
-    one engine step takes.
+    A request with a seed has a generator of its own. Where a prompt is prefilled in parts, vLLM takes back what the
+    sampler drew from it in between, which CPU generators cannot do. So on a CPU no prompt may be split: those that
+    wait must fit into one step of the engine beside the tokens of all that run, and the cache must not fill up, as a
+    request that is pushed out of it is prefilled anew.
+
+    Attributes:
+        prompt_tokens: tokens of prompts that may wait at once; a longer prompt is taken alone.
+        block_size: tokens of a block of the cache.
+        blocks: blocks that requests may fill when another one is taken.
+    """
+
+    prompt_tokens: int
+    block_size: int
+    blocks: int
+
+    def allows(self, prompt: int, waiting: Collection[int], running: Collection[int]) -> bool:
+        """Whether one more prompt may be taken.
+
+        Args:
+            prompt: tokens of the prompt.
+            waiting: tokens of each prompt that is not prefilled yet.
+            running: tokens of each request that is, its own prompt included.
+        """
+        if not waiting and not running:
+            return True
+        if sum(waiting) + prompt > self.prompt_tokens or any(tokens > self.prompt_tokens for tokens in waiting):
+            return False
+        # A step adds a token to each request, which may open a block.
+        return sum(tokens // self.block_size + 1 for tokens in (*waiting, *running, prompt)) <= self.blocks
+
+
+def admission_of(llm, requests: Sequence[GenerationRequest], on_cpu: bool) -> Admission | None:
+    """What bounds the requests in an engine: seeds on a CPU, and nothing elsewhere (`None`)."""
+    if not on_cpu or all(request.seed is None for request in requests):
+        return None
+    config = llm.llm_engine.vllm_config
+    scheduler, cache = config.scheduler_config, config.cache_config
+    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
+    return Admission(room, cache.block_size, int(0.75 * cache.num_gpu_blocks))
+
+
+def run_requests(
+    llm, requests: Sequence[GenerationRequest], settings: Mapping[str, object], on_cpu: bool
+) -> Iterator[tuple[int, GeneratedTokens]]:
+    """Yield each request's index with its sampled tokens, as they finish; new ones are taken as room comes.
+
+    What a seed draws does not depend on when its request is taken, up to how the engine's floats depend on the other
+    rows of a step.
 
     Args:
-        llm: vLLM's `LLM`.
+        llm: vLLM's `LLM`, or one that carries an adapter (`adapter`, a `LoRARequest`).
         requests: what is to be sampled.
+        settings: of vLLM's `SamplingParams`; log-probs are given where they ask for them.
         on_cpu: whether the engine runs on a CPU.
     """
-    if not on_cpu or all(request.seed is None for request in requests):
-        return [list(range(len(requests)))]
-    scheduler = llm.llm_engine.vllm_config.scheduler_config
-    room = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
-    calls: list[list[int]] = [[]]
-    used = 0
-    for index, request in enumerate(requests):
-        used += len(request.prompt_ids)
-        if used > room and calls[-1]:
-            calls.append([])
-            used = len(request.prompt_ids)
-        calls[-1].append(index)
-    return calls
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, admission = llm.llm_engine, admission_of(llm, requests, on_cpu)
+    # Where admission has a bound, what each step adds must be seen; elsewhere only what is finished is.
+    settings = {**settings, "output_kind": RequestOutputKind.DELTA if admission else RequestOutputKind.FINAL_ONLY}
+    with_logps = settings.get("logprobs") is not None
+    pending = deque(range(len(requests)))
+    waiting: dict[int, int] = {}  # tokens of prompts that are not prefilled
+    running: dict[int, int] = {}  # tokens of the others
+    tokens: dict[int, list[int]] = {}
+    logps: dict[int, list[float]] = {}
+    while pending or waiting or running:
+        while pending:
+            index = pending[0]
+            prompt = requests[index].prompt_ids
+            if admission and not admission.allows(len(prompt), waiting.values(), running.values()):
+                break
+            engine.add_request(
+                str(pending.popleft()),
+                {"prompt_token_ids": prompt},
+                sampling_params(settings, requests[index]),
+                lora_request=getattr(llm, "adapter", None),
+            )
+            waiting[index] = len(prompt)
+            tokens[index], logps[index] = [], []
+        for output in engine.step():
+            # The engine may append a suffix of its own to the id that it was given.
+            index, sample = int(output.request_id.split("-")[0]), output.outputs[0]
+            waiting.pop(index, None)
+            tokens[index] += sample.token_ids
+            if sample.logprobs is not None:
+                logps[index] += sampled_logps(sample)
+            running[index] = len(requests[index].prompt_ids) + len(tokens[index])
+            if output.finished:
+                del running[index]
+                yield index, GeneratedTokens(tokens.pop(index), logps.pop(index) if with_logps else None)
 
 
 def generate_with_engine(
     llm, requests: Sequence[GenerationRequest], settings: Mapping[str, object], on_cpu: bool
 ) -> list[GeneratedTokens]:
     """Sample every request and wait for all; `settings` must ask for log-probs."""
-    outputs = []
-    for call in engine_calls(llm, requests, on_cpu):
-        outputs += llm.generate(
-            [{"prompt_token_ids": requests[i].prompt_ids} for i in call],
-            sampling_params=[sampling_params(settings, requests[i]) for i in call],
-            use_tqdm=False,
-        )
-    samples = [output.outputs[0] for output in outputs]
-    return [GeneratedTokens(list(sample.token_ids), sampled_logps(sample)) for sample in samples]
+    finished = dict(run_requests(llm, requests, settings, on_cpu))
+    return [finished[index] for index in range(len(requests))]
 
 
 def engine_of(model: str, settings: SamplingSettings, max_model_len: int):
@@ -97,19 +162,10 @@ def sample_with_vllm(
 ) -> Iterator[tuple[int, GeneratedTokens]]:
     """Yield each request's index with its sampled tokens, as they finish."""
     llm = engine_of(model, settings, max(len(r.prompt_ids) + r.max_tokens for r in requests))
-    engine = llm.llm_engine
     common = {
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "stop_token_ids": end_token_ids(model, tokenizer),
         "detokenize": False,
     }
-    for call in engine_calls(llm, requests, on_cpu=not torch.cuda.is_available()):
-        for i in call:
-            prompt = {"prompt_token_ids": requests[i].prompt_ids}
-            engine.add_request(str(i), prompt, sampling_params(common, requests[i]))
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    # The engine may append a suffix of its own to the id that it was given.
-                    yield int(output.request_id.split("-")[0]), GeneratedTokens(list(output.outputs[0].token_ids))
+    yield from run_requests(llm, requests, common, on_cpu=not torch.cuda.is_available())

@@ -1,20 +1,45 @@
 """Generation with a limit per request, and the weight sync, on both backends."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOTrainer
 
+from attn_trainers.base.adapter_sync import takes_adapter
+from attn_trainers.base.config import MethodConfig
 from attn_trainers.base.generation import GenerationMixin, vllm_generate
 from attn_trainers.sampling.requests import GenerationRequest
+from attn_trainers.sampling.vllm import Admission
 from attn_trainers.tiny.arithmetic import build_model
 
 
 class Trainer(GenerationMixin, GRPOTrainer):
     pass
+
+
+def build_experts(tokenizer):
+    """A small Qwen3 mixture of experts."""
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3MoeForCausalLM(config)
 
 
 def token_sum(completions, completion_ids, **kwargs):
@@ -23,10 +48,17 @@ def token_sum(completions, completion_ids, **kwargs):
 
 @pytest.fixture
 def make_trainer(tmp_path, tiny_tokenizer):
-    def make(tie_word_embeddings=False, peft_config=None, **kwargs):
+    engines = []
+
+    def make(kind="untied", peft_config=None, **kwargs):
+        engines.extend([kind] * kwargs.get("use_vllm", False))
         torch.manual_seed(0)
         folder = tmp_path / "model"
-        build_model(tiny_tokenizer, 64, 2, tie_word_embeddings=tie_word_embeddings).save_pretrained(folder)
+        if kind == "experts":
+            model = build_experts(tiny_tokenizer)
+        else:
+            model = build_model(tiny_tokenizer, 64, 2, tie_word_embeddings=kind == "tied")
+        model.save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         settings = {
             "per_device_train_batch_size": 8,
@@ -45,13 +77,15 @@ def make_trainer(tmp_path, tiny_tokenizer):
         return Trainer(
             str(folder),
             token_sum,
-            GRPOConfig(str(tmp_path / "out"), **(settings | kwargs)),
+            MethodConfig(str(tmp_path / "out"), **(settings | kwargs)),
             train_dataset=Dataset.from_dict({"prompt": ["12 + 3", "45 - 6", "7 + 8", "90 - 1"]}),
             processing_class=tiny_tokenizer,
             peft_config=peft_config,
         )
 
-    return make
+    yield make
+    if engines:
+        gc.collect()  # an engine that dies while the next one starts would take its process group along
 
 
 def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):
@@ -62,7 +96,7 @@ def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):
         wake_up=lambda tags: calls.append(f"wake {tags[0]}"),
         sleep=lambda level: calls.append(f"sleep {level}"),
     )
-    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.use_vllm, trainer._last_loaded_step, trainer._sync_is_checked = True, -1, True
     trainer.vllm_generation = SimpleNamespace(
         mode="colocate", enable_sleep_mode=True, _llm_weights_sleeping=True, llm=llm
     )
@@ -133,14 +167,29 @@ def differences(trainer, requests, results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tie_word_embeddings", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
-def test_vllm_follows_the_weights_through_large_updates(make_trainer, tie_word_embeddings, lora):
-    peft_config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear") if lora else None
+@pytest.mark.parametrize(
+    ("kind", "lora_sync"),
+    [("untied", None), ("tied", None), ("experts", None)]
+    + [(kind, lora_sync) for kind in ("untied", "tied") for lora_sync in ("merged", "adapter")],
+)
+def test_vllm_follows_the_weights_through_large_updates(make_trainer, monkeypatch, kind, lora_sync):
+    peft_config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear") if lora_sync else None
     trainer = make_trainer(
-        tie_word_embeddings, peft_config, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64
+        kind,
+        peft_config,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=64,
+        lora_sync=lora_sync or "auto",
     )
+    assert takes_adapter(trainer.vllm_generation) is (lora_sync == "adapter")
     requests = [GenerationRequest([20 + i, 30 + i], max_tokens=1 + i, seed=i) for i in range(16)]
+    if kind == "experts":
+        with monkeypatch.context() as patch:  # kernels that are kept take weights for packed ones: refused at start
+            patch.setattr("attn_trainers.base.cpu_reload.forget_kernels", lambda model: None)
+            with pytest.raises(ValueError, match="use_vllm=True does not go with Qwen3MoeForCausalLM: after a push"):
+                trainer.generate_requests(requests)
+        trainer._last_loaded_step = -1
     results = trainer.generate_requests(requests)
     assert [len(r.token_ids) for r in results if r.token_ids[-1] != trainer.processing_class.eos_token_id] == [
         request.max_tokens
@@ -148,6 +197,11 @@ def test_vllm_follows_the_weights_through_large_updates(make_trainer, tie_word_e
         if r.token_ids[-1] != trainer.processing_class.eos_token_id
     ]
     assert trainer.generate_requests(requests) == results  # seeds make samples repeatable
+    with monkeypatch.context() as patch:  # ... however few are taken at once
+        patch.setattr("attn_trainers.sampling.vllm.admission_of", lambda *_: Admission(4, 16, 6))
+        for held_back, result in zip(trainer.generate_requests(requests), results, strict=True):
+            assert held_back.token_ids == result.token_ids
+            assert held_back.logps == pytest.approx(result.logps, abs=1e-2)  # bfloat16, in other batches
     before = differences(trainer, requests, results)
     trainer.train()
     trainer._last_loaded_step = trainer.state.global_step  # an engine that missed the last updates ...
@@ -158,6 +212,53 @@ def test_vllm_follows_the_weights_through_large_updates(make_trainer, tie_word_e
     assert (fresh.mean() - before.mean()).abs() < noise + 1e-3
     assert stale.mean() > 10 * fresh.mean()
     trainer.model.zero_grad()
+
+
+@pytest.mark.parametrize(("error", "right"), [(1e-4, True), (0.5, False), (float("nan"), False)])
+def test_a_first_push_that_changes_what_the_engine_computes_ends_the_run(make_trainer, monkeypatch, error, right):
+    trainer = make_trainer()
+    trainer.use_vllm, trainer._last_loaded_step = True, -1
+    trainer.vllm_generation = SimpleNamespace(
+        mode="colocate", enable_sleep_mode=False, _llm_weights_sleeping=False, llm=None, max_model_length=64
+    )
+    pushes = []
+    monkeypatch.setattr("attn_trainers.base.generation.sync_vllm_weights", pushes.append)
+
+    def logps(llm, tokens):
+        return trainer_logps(trainer, GenerationRequest(tokens[:1], 1), tokens[1:]) + (error if pushes else 1e-4)
+
+    monkeypatch.setattr("attn_trainers.base.generation.engine_logps", logps)
+    if right:
+        trainer._sync_vllm_if_stale()
+        trainer._last_loaded_step = -1
+        error = 0.5  # a later push is not looked at
+        trainer._sync_vllm_if_stale()
+        assert len(pushes) == 2
+    else:
+        with pytest.raises(ValueError, match="use_vllm=True does not go with Qwen2ForCausalLM: after a push"):
+            trainer._sync_vllm_if_stale()
+
+
+@pytest.mark.parametrize(("checked", "kind"), [(False, ValueError), (True, RuntimeError)])
+def test_weights_that_an_engine_does_not_take_end_the_run_at_its_start_in_one_line(
+    make_trainer, monkeypatch, checked, kind
+):
+    trainer = make_trainer()
+    trainer._last_loaded_step, trainer._sync_is_checked = -1, checked
+    trainer.vllm_generation = SimpleNamespace(mode="colocate", enable_sleep_mode=False, llm=None, max_model_length=64)
+    monkeypatch.setattr("attn_trainers.base.generation.engine_logps", lambda llm, tokens: torch.zeros(47))
+
+    def sync(engine):
+        raise RuntimeError("size 128 is not 96\nmore")
+
+    monkeypatch.setattr("attn_trainers.base.generation.sync_vllm_weights", sync)
+    with pytest.raises(kind) as error:
+        trainer._sync_vllm_if_stale()
+    if not checked:
+        assert str(error.value) == (
+            "use_vllm=True does not go with Qwen2ForCausalLM: vLLM cannot take the trainer's weights (size 128 is not "
+            "96); set use_vllm to False, or use another model."
+        )
 
 
 @pytest.fixture
