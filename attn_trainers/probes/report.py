@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..attnrl.branching_report import BranchingReport
@@ -82,7 +82,7 @@ def conclusions(
     trees: Mapping[str, Sequence[Tree]], choice: BranchingReport, disruptions: Sequence[Disruption] | None, seed: int
 ) -> list[str]:
     """Sentences for the user, one per finding."""
-    lines = [f"Attention: {choice.advice or 'it has a choice of its own; ' + _own_choice(choice)}"]
+    lines = [choice.advice or f"Attention chooses: {1 - choice.first_steps_agreement:.0%} of its points are its own."]
     if "attention" in trees:
         lines += [compared(trees, other, seed) for other in trees if other != "attention"]
     lines += _sizes(trees)
@@ -91,19 +91,19 @@ def conclusions(
     return lines
 
 
-def _own_choice(choice: BranchingReport) -> str:
-    return f"{1 - choice.first_steps_agreement:.0%} of its points are not those of first_steps."
-
-
 def compared(trees: Mapping[str, Sequence[Tree]], other: str, seed: int) -> str:
     """Attention against another criterion by the share of mixed trees."""
-    sums = [sums_of(trees[name], "trees_mixed") for name in ("attention", other)]
+    names = ("attention", other)
+    sums = [sums_of(trees[name], "trees_mixed") for name in names]
     shares = [ratio(one, seed).value for one in sums]
     difference = ratio_difference(*sums, seed)
     prompts = len(sums[0][0])
+    if not any(map(sum, (sums[0][0], sums[1][0]))):
+        return f"Mixed trees: none by attention or {other} with {prompts} prompts; nothing can be compared."
+    costs = [_rounded(ratio(sums_of(trees[name], "tokens_per_mixed_tree"), seed).value) for name in names]
     found = (
         f"Mixed trees: {shares[0]:.1%} by attention against {shares[1]:.1%} by {other}, difference "
-        f"{cell(difference, 100, 1)} points"
+        f"{cell(difference, 100, 1)} points, each for {costs[0]} against {costs[1]} tokens"
     )
     if not difference.holds_zero:
         return f"{found}: {'attention' if difference.value > 0 else other} gives more with {prompts} prompts."
@@ -112,6 +112,10 @@ def compared(trees: Mapping[str, Sequence[Tree]], other: str, seed: int) -> str:
     needed = prompts_needed(difference, prompts, _WORTH_SEEING)
     more = f"; {100 * _WORTH_SEEING:.0f} points would take about {needed} prompts to show" if needed > prompts else ""
     return f"{found}: the interval holds zero, no difference is shown with {prompts} prompts{more}."
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if math.isfinite(value) else "endless"
 
 
 def _sizes(trees: Mapping[str, Sequence[Tree]]) -> list[str]:
@@ -140,6 +144,8 @@ def disrupted(disruptions: Sequence[Disruption], seed: int) -> str:
     """Whether steps of top influence matter more than others at their position."""
     prompts = len({d.prompt for d in disruptions})
     interval = matched_difference(disruptions, "influence", seed)
+    if not disruptions:
+        return "Disruption: no right rollout has a step with a number between its first and its last."
     if math.isnan(interval.value):
         return f"Disruption: {len(disruptions)} steps, none of top influence beside another at its position."
     found = (
@@ -180,14 +186,14 @@ def write_report(
     facts = (
         f"{name} on {Path(args.data).name}: {len({tree.prompt for tree in some})} prompts, {len(some)} rollouts, "
         f"{args.num_branch_points} points of {args.rollouts_per_branch} continuations each; "
-        f"step_mode={args.step_mode}, influence_delta={args.influence_delta}, min_branch_spacing={args.min_branch_spacing}, "
-        f"max_completion_length={args.max_completion_length}, temperature={args.temperature}. "
+        f"step_mode={args.step_mode}, influence_delta={args.influence_delta}, "
+        f"min_branch_spacing={args.min_branch_spacing}, max_completion_length={args.max_completion_length}, temperature={args.temperature}. "
         "95 % bootstrap intervals over prompts."
     )
     parts = [facts, branching_tables(summaries)]
     if disruptions is not None:
         parts.append(disruption_tables(disruptions, args.seed))
-    parts.append(str(choice))
+    parts.append(str(replace(choice, advice="")))
     parts.append("\n".join(f"- {line}" for line in conclusions(trees, choice, disruptions, args.seed)))
     text = "\n\n".join(parts)
     (folder / "branching.md").write_text(text + "\n", encoding="utf-8")
