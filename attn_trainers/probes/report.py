@@ -183,12 +183,11 @@ def write_report(
     folder, name = Path(args.output_dir), Path(args.model).name
     summaries = {criterion: summarise(grown, args.seed) for criterion, grown in trees.items()}
     some = next(iter(trees.values()))
+    settings = ("step_mode", "influence_delta", "min_branch_spacing", "max_completion_length", "temperature")
     facts = (
         f"{name} on {Path(args.data).name}: {len({tree.prompt for tree in some})} prompts, {len(some)} rollouts, "
         f"{args.num_branch_points} points of {args.rollouts_per_branch} continuations each; "
-        f"step_mode={args.step_mode}, influence_delta={args.influence_delta}, "
-        f"min_branch_spacing={args.min_branch_spacing}, max_completion_length={args.max_completion_length}, temperature={args.temperature}. "
-        "95 % bootstrap intervals over prompts."
+        f"{', '.join(f'{field}={getattr(args, field)}' for field in settings)}. 95 % bootstrap intervals over prompts."
     )
     parts = [facts, branching_tables(summaries)]
     if disruptions is not None:
