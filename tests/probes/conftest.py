@@ -23,7 +23,7 @@ def probe_fields(tiny_model_dir, problem_file, tmp_path) -> dict:
         "data": str(problem_file),
         "output_dir": str(tmp_path / "out"),
         "prompt_template": "{problem}",
-        "num_rollouts": 2,
+        "num_rollouts": 1,
         "max_completion_length": 24,
         "min_branch_spacing": 0,
         "influence_delta": 1,

@@ -67,7 +67,7 @@ def test_bins_and_kinds():
 
 
 def test_matched_difference_holds_the_position_fixed():
-    # Early steps are right less often, and top steps are early: unmatched they differ by 1/3 - 3/4, matched by nothing.
+    # Early steps are right less often, and top steps are early: unmatched they differ, matched they do not.
     rows = [(0.1, 0.0, True), (0.1, 0.0, True), (0.1, 0.0, False), (0.5, 1.0, True)]
     rows += [(0.5, 1.0, False), (0.5, 1.0, False), (0.5, 1.0, False)]
     sample = [disruption(0, position, right, top=top) for position, right, top in rows]

@@ -37,13 +37,13 @@ def test_a_probe_and_its_resume(probe_fields, graded_by_sums, tmp_path, monkeypa
     record = json.loads((folder / "branching.json").read_text())
     assert list(record["trees"]) == ["attention", "entropy", "random", "first_steps"]
     for name, trees in record["trees"].items():
-        assert len(trees) == 6 and {tree["prompt"] for tree in trees} == {0, 1, 2}
+        assert len(trees) == 3 and {tree["prompt"] for tree in trees} == {0, 1, 2}
         for tree in trees:
             assert len(tree["offsets"]) == 2 and len(tree["rewards"]) == len(tree["continuation_tokens"]) == 4
             assert tree["offsets"] == sorted(tree["offsets"]) and 0 < tree["offsets"][0] < tree["num_tokens"] <= 24
             if name == "first_steps":
                 assert tree["num_agreeing"] == 2 and tree["num_fallbacks"] in (0, 1)
-        mixed = sum(0 < sum([tree["correct"], *tree["rewards"]]) < 5 for tree in trees) / 6
+        mixed = sum(0 < sum([tree["correct"], *tree["rewards"]]) < 5 for tree in trees) / 3
         assert record["criteria"][name]["trees_mixed"]["value"] == pytest.approx(mixed)
         assert f"{100 * mixed:.1f} [" in text
     # Criteria that branch a rollout at one token share the continuations there.
@@ -55,8 +55,8 @@ def test_a_probe_and_its_resume(probe_fields, graded_by_sums, tmp_path, monkeypa
                     outcome = tree["rewards"][2 * k : 2 * k + 2], tree["continuation_tokens"][2 * k : 2 * k + 2]
                     assert shared.setdefault((i, offset), outcome) == outcome
     lines = lines_of(folder)
-    assert len(lines["rollouts.jsonl"]) == len(lines["signals.jsonl"]) == 6
-    assert len(lines["continuations.jsonl"]) < 4 * 6 * 4
+    assert len(lines["rollouts.jsonl"]) == len(lines["signals.jsonl"]) == 3
+    assert len(lines["continuations.jsonl"]) < 4 * 3 * 4
     assert len(record["disruptions"]) == len(lines["disruptions.jsonl"]) > 0
 
     # Cut off in the middle of the continuations: the rest is drawn again, alike, and nothing else is.
@@ -70,7 +70,7 @@ def test_a_probe_and_its_resume(probe_fields, graded_by_sums, tmp_path, monkeypa
 
     # Fewer problems are a part of what is there.
     monkeypatch.setattr(run.SamplingSession, "sample", lambda *_: pytest.fail("sampled"))
-    assert "2 prompts, 4 rollouts" in run_branching(BranchingArguments(**probe_fields | {"num_problems": 2}))
+    assert "2 prompts, 2 rollouts" in run_branching(BranchingArguments(**probe_fields | {"num_problems": 2}))
 
 
 def test_corrupted_steps_have_other_numbers_and_the_same_head(probe_fields, graded_by_sums, monkeypatch):

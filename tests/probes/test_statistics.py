@@ -27,7 +27,7 @@ TREES = [
     tree(1, 1.0, [0.0, 0.0, 0.0, 0.0], offsets=(4, 4), agreeing=0),
     tree(1, 1.0, [1.0, 1.0, 1.0, 1.0]),
     tree(2, 0.0, [0.0, 0.0, 0.0, 0.0], agreeing=2),
-    tree(2, 0.0, [], offsets=()),
+    tree(2, 0.0, [], offsets=(), agreeing=0),
 ]
 
 
