@@ -121,10 +121,10 @@ def _rounded(value: float) -> str:
 def _sizes(trees: Mapping[str, Sequence[Tree]]) -> list[str]:
     """What makes every comparison weak: prompts without both kinds of answers, rollouts without a place to branch."""
     lines = []
-    for name, grown in trees.items():
-        bare = sum(not tree.offsets for tree in grown)
-        if bare:
-            lines.append(f"{bare} of {len(grown)} rollouts have no place to branch by {name}.")
+    bare = {name: sum(not tree.offsets for tree in grown) for name, grown in trees.items()}
+    for count in sorted(set(bare.values()) - {0}):
+        names = ", ".join(name for name in bare if bare[name] == count)
+        lines.append(f"{count} of {len(trees[names.split(', ')[0]])} rollouts have no place to branch by {names}.")
     everywhere = {kind: min(ratio(sums_of(t, f"prompts_{kind}")).value for t in trees.values()) for kind in _EASY_HARD}
     for kind, advice in _EASY_HARD.items():
         if everywhere[kind] > 0.5:
