@@ -161,4 +161,5 @@ def summarise(trees: Sequence[Tree], seed: int = 0) -> dict[str, Interval]:
 def prompts_needed(difference: Interval, num_prompts: int, size: float) -> int:
     """Prompts with which a difference of `size` would lie outside the interval of none, by its half-width now."""
     half = (difference.high - difference.low) / 2
-    return int(np.ceil(num_prompts * (half / size) ** 2))
+    # Rounded, as floats that should be whole are not: a prompt more would be asked for.
+    return int(np.ceil(round(num_prompts * (half / size) ** 2, 9)))
