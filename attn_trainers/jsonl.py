@@ -1,6 +1,8 @@
 """Files of JSON lines that a run which was cut off goes on with."""
 
+import hashlib
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -48,3 +50,24 @@ def append_jsonl(path: Path, record: dict) -> None:
     """Add one line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def digest_of(*parts: object) -> str:
+    """Name of all that a stored result depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def resumed(path: Path, keys: Sequence[str], compute: Callable[[list[int]], Iterator[tuple[int, dict]]]) -> list[dict]:
+    """A record per key, those in the file as they are, the others computed and added to it.
+
+    Args:
+        path: JSON lines {"key": ..., "record": ...}; lines of other keys stay in it, unread.
+        keys: what identifies each record.
+        compute: given the indices of the missing ones, yields each with its record.
+    """
+    stored = {line["key"]: line["record"] for line in read_jsonl(path, repair=True)}
+    missing = [i for i, key in enumerate(keys) if key not in stored]
+    for i, record in compute(missing) if missing else ():
+        append_jsonl(path, {"key": keys[i], "record": record})
+        stored[keys[i]] = record
+    return [stored[key] for key in keys]

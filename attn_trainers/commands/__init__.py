@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "pass@1 and pass@k of a model on benchmark files, or two such evaluations compared",
     "heads": "find the key-focus heads that AttnPO needs, or compare those of two models",
     "inspect": "a page of what a model's attention says about its own responses",
+    "branching": "whether attention branching has a say on a model and data, before any training",
     "train": "train by a recipe: attn-trainers train --config_file zero2 attnrl_1p5b",
     "preflight": "check a recipe's settings before a GPU is used: rows, tokens, memory, data, template",
     "gpu-check": "measure and assert on this machine's GPU what a CPU cannot show",

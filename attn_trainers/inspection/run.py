@@ -4,9 +4,8 @@ What takes long is written to the output folder as it goes: a run that was cut o
 `perturbations.jsonl` what it had, as far as the model, the prompt and the settings are the same.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ..attnrl.steps import STEP_MODES as BRANCHING_STEPS
 from ..attnrl.steps import StepDelimiters
 from ..base.options import check_choices
 from ..evaluation.run import weights_digest
-from ..jsonl import append_jsonl, read_jsonl
+from ..jsonl import digest_of, read_jsonl, resumed
 from ..rewards import math_accuracy
 from ..sampling.models import end_token_ids, load_config, load_model, num_positions, tokenizer_of
 from ..sampling.problems import parse_template_kwargs, prompt_token_ids
@@ -197,30 +196,6 @@ def run_inspection(args: InspectionArguments) -> str:
         num_shown=args.num_shown,
         seed=args.seed,
     )
-
-
-# Files and resume ------------------------------------------------------------------------------------
-
-
-def digest_of(*parts: object) -> str:
-    """Name of all that a stored result depends on."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def resumed(path: Path, keys: Sequence[str], compute: Callable[[list[int]], Iterator[tuple[int, dict]]]) -> list[dict]:
-    """A record per key, those in the file as they are, the others computed and added to it.
-
-    Args:
-        path: JSON lines {"key": ..., "record": ...}; lines of other keys stay in it, unread.
-        keys: what identifies each record.
-        compute: given the indices of the missing ones, yields each with its record.
-    """
-    stored = {line["key"]: line["record"] for line in read_jsonl(path, repair=True)}
-    missing = [i for i, key in enumerate(keys) if key not in stored]
-    for i, record in compute(missing) if missing else ():
-        append_jsonl(path, {"key": keys[i], "record": record})
-        stored[keys[i]] = record
-    return [stored[key] for key in keys]
 
 
 # Responses -------------------------------------------------------------------------------------------

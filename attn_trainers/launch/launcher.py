@@ -11,7 +11,7 @@ from .command import refuse
 # Beside the package's rooms, in a checkout as links to the top folders of the same names.
 RECIPES = Path(__file__).parents[1] / "recipes"
 ACCELERATE_CONFIGS = RECIPES.parent / "accelerate_configs"
-_TOOLS = ("evaluate", "find_key_focus_heads", "inspect_attention")
+_TOOLS = ("evaluate", "find_key_focus_heads", "inspect_attention", "probe_branching")
 
 
 def recipe_names() -> list[str]:

@@ -158,10 +158,14 @@ def engine_of(model: str, settings: SamplingSettings, max_model_len: int):
 
 
 def sample_with_vllm(
-    model: str, settings: SamplingSettings, tokenizer: PreTrainedTokenizerBase, requests: Sequence[GenerationRequest]
+    model: str,
+    settings: SamplingSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[GenerationRequest],
+    llm=None,
 ) -> Iterator[tuple[int, GeneratedTokens]]:
-    """Yield each request's index with its sampled tokens, as they finish."""
-    llm = engine_of(model, settings, max(len(r.prompt_ids) + r.max_tokens for r in requests))
+    """Yield each request's index with its sampled tokens, as they finish, in the engine `llm` or a new one."""
+    llm = llm or engine_of(model, settings, max(len(r.prompt_ids) + r.max_tokens for r in requests))
     common = {
         "temperature": settings.temperature,
         "top_p": settings.top_p,

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from attn_trainers.inspection import run
-from attn_trainers.inspection.run import InspectionArguments, resumed, run_inspection
+from attn_trainers.inspection.run import InspectionArguments, run_inspection
 from attn_trainers.tiny.arithmetic import sample_problems
 from attn_trainers.tiny.runs import HELD_OUT_SEED
 from tests.helpers import ROOT
@@ -105,20 +105,6 @@ def _without_facts(folder) -> str:
     """The tables of both Markdown files."""
     texts = [(folder / name).read_text().split("\n\n")[-1].rstrip() for name in ("couplings.md", "perturbation.md")]
     return "\n\n".join(texts)
-
-
-def test_resumed_records_are_not_computed_again(tmp_path):
-    path = tmp_path / "records.jsonl"
-    asked = []
-
-    def compute(missing):
-        asked.append(missing)
-        yield from ((i, {"value": 10 * i}) for i in reversed(missing))
-
-    assert resumed(path, ["a", "b"], compute) == [{"value": 0}, {"value": 10}]
-    assert resumed(path, ["b", "c", "a"], compute) == [{"value": 10}, {"value": 10}, {"value": 0}]
-    assert resumed(path, ["a"], compute) == [{"value": 0}]
-    assert asked == [[0, 1], [1]]
 
 
 @pytest.mark.parametrize(
