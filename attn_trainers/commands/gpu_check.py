@@ -14,7 +14,7 @@ from ..launch.command import run_command
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the options and run the checks; exit code 1 where one fails, 2 for options that cannot work."""
-    run_command(run, GpuCheckArguments, argv, prog="attn-trainers gpu-check")
+    run_command(run, GpuCheckArguments, argv, "attn-trainers gpu-check", __doc__)
 
 
 if __name__ == "__main__":
