@@ -13,7 +13,9 @@ import sys
 
 import pytest
 
+from attn_trainers.commands import COMMANDS
 from attn_trainers.launch.credits import CREDITS
+from attn_trainers.launch.launcher import recipe_names
 from tests.helpers import ROOT
 
 
@@ -50,17 +52,20 @@ def words_of(command: str) -> list[str]:
 @functools.cache
 def options_of(script: str, *first: str) -> frozenset[str]:
     """The options that a script names in its help."""
-    output = io.StringIO()
-    before, sys.argv = sys.argv, [script, *first, "--help"]
+    output, code = io.StringIO(), None
+    before = sys.argv, sys.path
+    sys.argv, sys.path = [script, *first, "--help"], [str((ROOT / script).parent), *sys.path]
     try:
-        with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
+        with contextlib.redirect_stdout(output):
             if script.endswith(".py"):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
             else:
                 console_script(script)()
+    except SystemExit as ended:
+        code = ended.code
     finally:
-        sys.argv = before
-    assert not ended.value.code, (script, ended.value.code)
+        sys.argv, sys.path = before
+    assert not code, (script, code)
     return frozenset(OPTION.findall(output.getvalue())) | SILENT
 
 
@@ -71,6 +76,13 @@ def console_script(name: str):
     lines = setup.get("options.entry_points", "console_scripts", fallback="").split("\n")
     module, _, function = dict(map(str.strip, line.split("=")) for line in lines if "=" in line)[name].partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+def recipe_of(words: list[str]) -> int:
+    """Where the recipe stands behind `attn-trainers train`; it must be there."""
+    place = next((i for i, word in enumerate(words) if word in recipe_names() or word.endswith(".py")), None)
+    assert place is not None, words
+    return place
 
 
 def check(command: str) -> None:
@@ -86,7 +98,14 @@ def check(command: str) -> None:
     if place is None:
         return
     own = words[place + 1 :]
+    if own[:1] in (["train"], ["preflight"]):  # options of `accelerate launch`, a recipe, its options
+        at = recipe_of(own)
+        words = [f"recipes/{own[at]}.py"] if own[at] in recipe_names() else [own[at]]
+        own, place = own[at + 1 :], 0
     first = own[:1] if words[place] == "attn-trainers" and own and not own[0].startswith("-") else []
+    if first and first[0].isupper():  # a placeholder
+        return
+    assert words[place] != "attn-trainers" or not first or first[0] in COMMANDS, command
     credit = own[own.index("--credit") + 1] if "--credit" in own[:-1] else None
     if credit is not None and credit not in CREDITS:  # a method that the reader adds, with options of its own
         return
@@ -106,9 +125,11 @@ def test_commands_exist(page):
 
 
 def test_options_named_alone_exist_somewhere():
-    scripts = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.py"))
+    paths = [path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    scripts = sorted(path.relative_to(ROOT).as_posix() for path in paths)
     known = frozenset().union(*(options_of(script) for script in scripts)) | FOREIGN
     known |= options_of("recipes/attnrl_1p5b.py", "--credit", "rhythm")
+    known |= frozenset().union(*(options_of("attn-trainers", command) for command in COMMANDS))
     for page in PAGES:
         for span in SPAN.findall(FENCE.sub("", page.read_text())):
             if span.startswith("--"):
@@ -121,6 +142,10 @@ def test_a_wrong_command_is_found():
         "accelerate launch --config_file accelerate_configs/none.yaml recipes/attnrl_tiny.py",
         "python recipes/none.py",
         "recipes/attnrl_tiny.py --no_such_option 3",
+        "attn-trainers evalute --model M",
+        "attn-trainers evaluate --no_such_option 3",
+        "attn-trainers train --config_file zero2 attnrl_2b",
+        "attn-trainers train --config_file zero2 attnrl_1p5b --no_such_option 3",
         "make nothing",
     ):
         with pytest.raises(AssertionError):
