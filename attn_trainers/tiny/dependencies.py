@@ -1,8 +1,8 @@
 """Dependency arithmetic: a reasoning task in which it is known which steps matter (after iGSM, arXiv 2407.20311).
 
-A problem gives constants, defines variables as sums or differences of two others modulo 10, in shuffled order, and asks
-for one. A solution computes one variable a paragraph; some variables are not needed for the question. What is known of
-every step, without a judge, `truth.read_truth` reads from the text of any solution, a sampled one too.
+A problem gives constants, defines variables as sums or differences of two others modulo 10, in shuffled order, and
+asks for one. A solution computes one variable a paragraph; some variables are not needed for the question. What is
+known of every step, without a judge, `truth.read_truth` reads from the text of any solution, a sampled one too.
 
 Every value stands directly behind its variable, ` c a4 + b9 = c3`, so that looking a value up is plain induction.
 """

@@ -1,8 +1,8 @@
 """Attention heads that start out as look-ups: a small model need not spend its warm start on finding induction.
 
 The circuit is the known one of induction heads: in the first layer head h copies the token that stands h + 1 back into
-a subspace of its own; in the second, heads match what stands at and before the query with what stands before a key, and
-copy the key's token. Everything is a starting value and is trained on.
+a subspace of its own; in the second, heads match what stands at and before the query with what stands before a key,
+and copy the key's token. Everything is a starting value and is trained on.
 """
 
 import torch
@@ -11,7 +11,7 @@ from transformers import Qwen2ForCausalLM
 
 
 ROPE_THETA = 1e8  # the slower half of the frequencies turns by less than a radian over a solution: content can match
-HEAD_SIZE = 32
+WIDTH, HEAD_SIZE = 128, 32
 TOKEN_SIZE = 64  # leading dimensions of the stream that hold the token itself
 CODE_SIZE = 20  # dimensions of a copied token: as many as a head has at slow frequencies
 SHARPNESS = 7.0
