@@ -3,16 +3,16 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnrl_tiny.py
 
 A noisy teacher warm-starts the model (cached in `--cache_dir`); AttnRL then trains it under vLLM colocate and
-evaluates it on held-out problems before and after. Any field can be set on the command line, e.g. `--branching random`
-or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm false`.
+evaluates it on held-out problems before and after. `--task dependencies` takes longer solutions in which it is known
+which steps matter, so that `--branching oracle` can be compared with. Any field can be set on the command line, e.g.
+`--branching random` or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm
+false`.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png` and `trees.png`.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from trl import TrlParser
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attnrl.pictures import plot_trees
@@ -26,9 +26,11 @@ from attn_trainers.tiny.runs import (
     TinyArguments,
     evaluate_held_out,
     exact_answer_reward,
+    parse_task,
     prepare,
     show_in_bar,
     show_table,
+    task_of,
     to_dataset,
     write_results,
 )
@@ -36,7 +38,7 @@ from attn_trainers.tiny.runs import (
 
 @dataclass
 class Recipe(AttnRLConfig):
-    """Settings of this run; those not named here are the defaults of `AttnRLConfig`."""
+    """Settings of the chain task; those not named here are the defaults of `AttnRLConfig`."""
 
     output_dir: str | None = "runs/attnrl_tiny"
     num_rollouts: int = 4  # small trees, so that a batch holds many problems
@@ -60,6 +62,19 @@ class Recipe(AttnRLConfig):
     report_to: None | str | list[str] = "none"
 
 
+DEPENDENCIES = {  # solutions of 20 steps of 10 tokens
+    "output_dir": "runs/attnrl_dependencies",
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 12,
+    "gradient_accumulation_steps": 10,
+    "generation_batch_size": 240,
+    "max_steps": 60,
+    "max_completion_length": 320,
+    "vllm_max_model_length": 512,
+    "num_eval_problems": 100,
+    "num_eval_samples": 2,
+}
+
 PANELS = {
     "attnrl/reward_initial": "accuracy of initial rollouts",
     "attnrl/reward_mc": "accuracy of continuations",
@@ -75,10 +90,16 @@ PANELS = {
 
 def main(tiny: TinyArguments, args: Recipe) -> None:
     watch = Stopwatch()
+    task = task_of(tiny)
     folder, tokenizer, training, held_out = prepare(tiny)
     watch.lap("warm start")
     trainer = AttnRLTrainer(
-        str(folder), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
+        str(folder),
+        exact_answer_reward,
+        args,
+        train_dataset=to_dataset(training),
+        processing_class=tokenizer,
+        step_truth=task.step_truth,
     )
     trainer.keeps_prompts = True  # for the picture of a tree
     watch.lap("start-up")
@@ -96,9 +117,7 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     ]
     if trainer.accelerator.is_main_process:
         report(trainer, header, rows, before, after, watch.seconds)
-    publish(
-        trainer, CardNotes("multi-step arithmetic made on the spot", markdown_table(header, rows), public_command())
-    )
+    publish(trainer, CardNotes(task.title, markdown_table(header, rows), public_command()))
 
 
 def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seconds: dict[str, float]) -> None:
@@ -119,7 +138,12 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     }
     folder = Path(trainer.args.output_dir)
     write_results(folder, title, header, rows, details)
-    plot_curves({method: trainer.state.log_history}, PANELS, folder / "curves.png", f"{method}, multi-step arithmetic")
+    plot_curves(
+        {method: trainer.state.log_history},
+        PANELS,
+        folder / "curves.png",
+        f"{method}, held-out problems: {before.accuracy:.2f} to {after.accuracy:.2f}",
+    )
     branched = [p for p in trainer.last_prompts if p.continuations]
     if branched:
         prompt = max(branched, key=num_mixed_trees)
@@ -141,4 +165,4 @@ def num_mixed_trees(prompt: PromptRollouts) -> int:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((TinyArguments, Recipe)).parse_args_and_config())
+    main(*parse_task((TinyArguments, Recipe), DEPENDENCIES))

@@ -166,6 +166,20 @@ def sample_dependencies(rng: random.Random, size: ProblemSize = ProblemSize()) -
     return DependencyProblem(tuple(lines), needed[-1])
 
 
+def sample_distinct(
+    count: int, seed: int, size: ProblemSize, exclude: set[str] = frozenset()
+) -> list[DependencyProblem]:
+    """Draw `count` different problems, none of whose texts is in `exclude`."""
+    rng = random.Random(seed)
+    seen, problems = set(exclude), []
+    while len(problems) < count:
+        problem = sample_dependencies(rng, size)
+        if problem.text not in seen:
+            seen.add(problem.text)
+            problems.append(problem)
+    return problems
+
+
 @dataclass(frozen=True)
 class Teacher:
     """How solutions are written.

@@ -107,10 +107,7 @@ def _batches(settings: DependencyStart, tokenizer: PreTrainedTokenizerFast, excl
         for i, (ids, prompt_length) in enumerate(rows):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-        yield {
-            "input_ids": input_ids,
-            "labels": labels,
-        }  # padding is on the right: no token sees it, none needs a mask
+        yield {"input_ids": input_ids, "labels": labels}  # no mask: padding is on the right, where no token sees it
 
 
 def dependency_warm_start(settings: DependencyStart, cache_dir: str | Path, exclude: set[str] = frozenset()) -> Path:
