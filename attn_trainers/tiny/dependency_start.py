@@ -97,11 +97,16 @@ def _batches(settings: DependencyStart, tokenizer: PreTrainedTokenizerFast, excl
         needed = max(1, round(bound * rng.random() ** 0.5))
         size = ProblemSize(needed, round(settings.unneeded * needed / settings.needed), settings.constants)
         rows: list[tuple[list[int], int]] = []
-        while len(rows) < 2 or (len(rows) + 1) * max(len(ids) for ids, _ in rows) <= settings.batch_tokens:
+        width = 0
+        while True:
             problem = sample_dependencies(rng, size)
-            if problem.text not in exclude:
-                rows.append(_row(problem, write_dependencies(problem, rng, settings.teacher), tokenizer))
-        width = max(len(ids) for ids, _ in rows)
+            if problem.text in exclude:
+                continue
+            row = _row(problem, write_dependencies(problem, rng, settings.teacher), tokenizer)
+            if len(rows) >= 2 and (len(rows) + 1) * max(width, len(row[0])) > settings.batch_tokens:
+                break
+            rows.append(row)
+            width = max(width, len(row[0]))
         input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)  # (B, T)
         labels = torch.full((len(rows), width), -100)  # (B, T)
         for i, (ids, prompt_length) in enumerate(rows):
