@@ -27,7 +27,7 @@ def attentions(tokenizer, text):
 
 
 def test_heads_look_back_and_look_up_before_any_training(tokenizer):
-    text = " a4; k3; c a + b; b9; m2; c?<think> c a"
+    text = " m2; a4; k3; c a + b; b9; c?<think> c a"
     ids, layers = attentions(tokenizer, text)
     for back in (1, 2, 3):
         assert layers[0][0, back - 1].diagonal(-back).min() > 0.8
