@@ -31,12 +31,10 @@ def test_heads_look_back_and_look_up_before_any_training(tokenizer):
     ids, layers = attentions(tokenizer, text)
     for back in (1, 2, 3):
         assert layers[0][0, back - 1].diagonal(-back).min() > 0.8
-    # At the last token, ` a`, a look-up attends most to `4`, which stands behind an earlier ` a`; at ` c` before it to
-    # ` a`, the first operand of its definition.
-    at = {word: ids.index(tokenizer.convert_tokens_to_ids(word)) for word in ("4", " c")}
+    # Most of a look-up's attention at the last token, ` a`, goes to what stands behind the earlier ones: `4` and ` +`.
+    followers = [ids.index(tokenizer.convert_tokens_to_ids(word)) for word in ("4", " +")]
     for head in (0, 1):
-        assert layers[1][0, head, -1].argmax() == at["4"]
-        assert layers[1][0, head, -2, at[" c"] + 1] > layers[1][0, head, -2, : at[" c"]].max()
+        assert layers[1][0, head, -1, followers].sum() > 0.5
 
 
 def test_batches_are_of_solutions_and_grow(tokenizer):
