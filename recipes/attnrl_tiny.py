@@ -146,7 +146,7 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     )
     branched = [p for p in trainer.last_prompts if p.continuations]
     if branched:
-        prompt = max(branched, key=num_mixed_trees)
+        prompt = max(branched, key=lambda p: (num_mixed_trees(p) > 0, num_later_points(p), num_mixed_trees(p)))
         problem = trainer.processing_class.decode(prompt.prompt_ids).removesuffix("<think>")
         plot_trees(prompt, problem, folder / "trees.png")
     print(f"Tables and pictures: {folder}")
@@ -162,6 +162,15 @@ def method_name(args: Recipe) -> str:
 def num_mixed_trees(prompt: PromptRollouts) -> int:
     """How many of a prompt's trees have right and wrong leaves: those in which branching tells steps apart."""
     return sum(len({rollout.reward, *(b.reward for b in branches_of(rollout))}) > 1 for rollout in prompt.rollouts)
+
+
+def num_later_points(prompt: PromptRollouts) -> int:
+    """How many of a prompt's branch points are not at the first steps."""
+    count = 0
+    for rollout in prompt.rollouts:
+        points = {branch.offset for branch in branches_of(rollout)}
+        count += len(points.difference(start for start, _ in rollout.step_ranges[1 : 1 + len(points)]))
+    return count
 
 
 if __name__ == "__main__":
