@@ -45,8 +45,8 @@ class Arguments:
     """The warm start, and how much is measured."""
 
     noise: float = 0.02
-    needed: int = 16
-    unneeded: int = 4
+    needed: int = 15
+    unneeded: int = 7
     steps: int = DependencyStart.steps
     batch_tokens: int = DependencyStart.batch_tokens
     learning_rate: float = DependencyStart.learning_rate
@@ -76,7 +76,7 @@ def forced(model, tokenizer, problems: list, rng: random.Random) -> dict[str, li
 def sampled(folder: str, tokenizer, problems: list) -> dict[str, float]:
     """What sampled solutions are like."""
     prompts = [tokenizer(problem.text + "<think>")["input_ids"] for problem in problems]
-    requests = [GenerationRequest(ids, 320, seed=i) for i, ids in enumerate(prompts)]
+    requests = [GenerationRequest(ids, 352, seed=i) for i, ids in enumerate(prompts)]
     rewards, tokens, truths = [], [], []
     for index, sample in sample_with_transformers(folder, SamplingSettings(batch_size=50), tokenizer, requests):
         text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)

@@ -57,7 +57,7 @@ class Arguments(TinyArguments):
     solutions: str = field(default="model", metadata={"help": "Who writes solutions: 'model' or 'teacher'."})
     num_problems: int = field(default=100, metadata={"help": "Problems, one solution each."})
     num_labelled: int = field(default=40, metadata={"help": "Right solutions that are labelled without a judge."})
-    max_tokens: int = field(default=320, metadata={"help": "Tokens of a solution at most."})
+    max_tokens: int = field(default=352, metadata={"help": "Tokens of a solution at most."})
     output_dir: str = field(default="runs/signals_against_truth", metadata={"help": "Where results are written."})
 
 

@@ -89,14 +89,14 @@ class Recipe(AttnPOConfig):
     report_to: None | str | list[str] = "none"
 
 
-DEPENDENCIES = {  # solutions of 20 steps of 10 tokens
+DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "output_dir": "runs/attnpo_dependencies",
     "noise": None,  # those of the task
     "recheck": None,
     "warm_start_steps": None,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 8,
-    "max_completion_length": 320,
+    "max_completion_length": 352,
     "vllm_max_model_length": 512,
     "num_probed": 300,
     "num_eval_problems": 100,

@@ -62,14 +62,14 @@ class Recipe(AttnRLConfig):
     report_to: None | str | list[str] = "none"
 
 
-DEPENDENCIES = {  # solutions of 20 steps of 10 tokens
+DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "output_dir": "runs/attnrl_dependencies",
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 12,
     "gradient_accumulation_steps": 10,
     "generation_batch_size": 240,
     "max_steps": 60,
-    "max_completion_length": 320,
+    "max_completion_length": 352,
     "vllm_max_model_length": 512,
     "num_eval_problems": 100,
     "num_eval_samples": 2,

@@ -100,11 +100,11 @@ class Recipe(RhythmConfig):
     report_to: None | str | list[str] = "none"
 
 
-DEPENDENCIES = {  # solutions of 20 steps of 10 tokens
+DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "output_dir": "runs/rhythm_dependencies",
     "per_device_train_batch_size": 64,
     "max_steps": 60,
-    "max_completion_length": 320,
+    "max_completion_length": 352,
     "num_eval_problems": 100,
     "num_eval_samples": 2,
 }

@@ -127,8 +127,8 @@ class ProblemSize:
         hubs: how unequally variables are used by others: 0 all alike; at 2, a few have most of the users.
     """
 
-    needed: int = 16
-    unneeded: int = 4
+    needed: int = 15
+    unneeded: int = 7
     constants: int = 4
     hubs: float = 2.0
 
@@ -191,7 +191,7 @@ class Teacher:
     """
 
     noise: float = 0.02
-    detour: float = 0.5
+    detour: float = 0.8
     recheck: float = 0.1
 
 

@@ -40,10 +40,10 @@ class DependencyStart:
     """
 
     noise: float = 0.02
-    detour: float = 0.5
+    detour: float = 0.8
     recheck: float = 0.1
-    needed: int = 16
-    unneeded: int = 4
+    needed: int = 15
+    unneeded: int = 7
     constants: int = 4
     steps: int = 1200
     growth: float = 0.6

@@ -44,9 +44,9 @@ class TinyArguments:
     recheck: float | None = field(
         default=None, metadata={"help": "Probability that a step is followed by a re-check."}
     )
-    needed: int = field(default=16, metadata={"help": "Steps that a dependency problem needs."})
-    unneeded: int = field(default=4, metadata={"help": "Variables that a dependency problem does not need."})
-    detour: float = field(default=0.5, metadata={"help": "Probability that the teacher computes such a variable."})
+    needed: int = field(default=15, metadata={"help": "Steps that a dependency problem needs."})
+    unneeded: int = field(default=7, metadata={"help": "Variables that a dependency problem does not need."})
+    detour: float = field(default=0.8, metadata={"help": "Probability that the teacher computes such a variable."})
     warm_start_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of the warm start."})
     warm_start_batch_size: int = field(default=32, metadata={"help": "Chains per step of the warm start."})
     num_train_problems: int = field(default=4000, metadata={"help": "Problems to train on."})
