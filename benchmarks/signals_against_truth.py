@@ -316,7 +316,7 @@ def main(args: Arguments) -> None:
     results = {
         "influence and descendants: rank correlation at equal places": judge_influence(model, solutions),
         "key-focus score and needed steps: SRA of pairs that stand close": judge_heads(
-            right, focus, "needed", "matched"
+            right, focus, "needed", "matched", heads
         ),
         "key-focus score and needed steps: SRA of all pairs": judge_heads(right, focus, "needed", "all", heads),
         "labels without a judge": judge_labels(model, solutions, args.num_labelled),
