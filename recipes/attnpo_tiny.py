@@ -27,12 +27,13 @@ from attn_trainers.attnpo.discovery.pictures import plot_ensembles, plot_head_ma
 from attn_trainers.attnpo.discovery.run import DiscoveryArguments, discover_heads
 from attn_trainers.attnpo.steps import split_paragraphs
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA, parse
+from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.tasks import parse_task
 from attn_trainers.plots import plot_curves
 from attn_trainers.sampling.requests import GenerationRequest, SamplingSettings
 from attn_trainers.sampling.transformers import sample_with_transformers
 from attn_trainers.tables import markdown_table
-from attn_trainers.tiny.arithmetic import RECHECK, Problem, prompt_messages
+from attn_trainers.tiny.arithmetic import prompt_messages
 from attn_trainers.tiny.runs import (
     HeldOutResult,
     Stopwatch,
@@ -42,9 +43,11 @@ from attn_trainers.tiny.runs import (
     prepare,
     show_in_bar,
     show_table,
+    task_of,
     to_dataset,
     write_results,
 )
+from attn_trainers.tiny.tasks import Task
 
 
 @dataclass
@@ -53,10 +56,10 @@ class Arguments(TinyArguments):
 
     num_operations: int = field(default=3, metadata={"help": "Operations per problem."})
     max_start: int = field(default=29, metadata={"help": "Largest number that a chain starts from."})
-    noise: float = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
-    recheck: float = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
+    noise: float | None = field(default=0.05, metadata={"help": "Probability that the teacher writes a wrong result."})
+    recheck: float | None = field(default=0.5, metadata={"help": "Probability that a step is followed by a re-check."})
     restate: bool = field(default=True, metadata={"help": "Whether the answer repeats the steps without re-checks."})
-    warm_start_steps: int = field(default=1200, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_steps: int | None = field(default=1200, metadata={"help": "Optimizer steps of the warm start."})
     num_probed: int = field(default=1000, metadata={"help": "Problems on which the heads are found."})
     num_eval_samples: int = field(default=2, metadata={"help": "Samples per held-out problem."})
     compare: bool = field(default=True, metadata={"help": "Train TLMRE for as many steps too."})
@@ -86,6 +89,19 @@ class Recipe(AttnPOConfig):
     report_to: None | str | list[str] = "none"
 
 
+DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
+    "output_dir": "runs/attnpo_dependencies",
+    "noise": None,  # those of the task
+    "recheck": None,
+    "warm_start_steps": None,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 8,
+    "max_completion_length": 352,
+    "vllm_max_model_length": 512,
+    "num_probed": 300,
+    "num_eval_problems": 100,
+}
+
 PANELS = {
     "attnpo/accuracy": "accuracy",
     "attnpo/thinking_tokens": "thinking tokens",
@@ -99,12 +115,12 @@ PANELS = {
 }
 
 
-def probe_data(folder: Path, tokenizer, problems: list[Problem], path: Path) -> None:
-    """The model's own correct responses to `problems`, a re-check being redundant and any other step essential."""
+def probe_data(folder: Path, tokenizer, problems: list, task: Task, max_tokens: int, path: Path) -> None:
+    """The model's own correct responses; steps that the answer needs are essential, others redundant."""
     texts = [
         tokenizer.apply_chat_template(prompt_messages(p), add_generation_prompt=True, tokenize=False) for p in problems
     ]
-    requests = [GenerationRequest(tokenizer(text)["input_ids"], 160, seed=i) for i, text in enumerate(texts)]
+    requests = [GenerationRequest(tokenizer(text)["input_ids"], max_tokens, seed=i) for i, text in enumerate(texts)]
     settings = SamplingSettings(temperature=1.0, batch_size=200)
     lines = []
     for index, sample in sample_with_transformers(str(folder), settings, tokenizer, requests):
@@ -112,18 +128,18 @@ def probe_data(folder: Path, tokenizer, problems: list[Problem], path: Path) -> 
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if exact_answer_reward([text], [problem.answer]) == [1.0]:
             steps = [text[step.start : step.end] for step in split_paragraphs(text)]
-            labels = [REDUNDANT if step.startswith(RECHECK) else ESSENTIAL for step in steps]
+            labels = [ESSENTIAL if needed else REDUNDANT for needed in task.needed(problem, steps)]
             record = {"problem": problem.text, "completion": text, "completion_ids": ids, "labels": labels}
             lines.append(json.dumps(record) + "\n")
     path.write_text("".join(lines))
 
 
-def find_heads(model: Path, tokenizer, problems: list[Problem], folder: Path) -> tuple[Path, str]:
+def find_heads(model: Path, tokenizer, problems: list, task: Task, max_tokens: int, folder: Path) -> tuple[Path, str]:
     """Heads file of the model, and a line that says how good the heads are."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "responses.jsonl"
     if not data.exists():
-        probe_data(model, tokenizer, problems, data)
+        probe_data(model, tokenizer, problems, task, max_tokens, data)
     heads, report, held_out = discover_heads(
         DiscoveryArguments(
             str(model), str(data), str(folder), step_mode="paragraphs", prompt_template="{problem}", num_heads=3
@@ -166,13 +182,16 @@ def main(tiny: Arguments, args: Recipe) -> None:
     if tiny.compare and args.use_vllm:
         raise ValueError("compare=True trains twice in one process, which one vLLM engine cannot serve; set it False.")
     watch = Stopwatch()
-    model, tokenizer, training, held_out = prepare(tiny, tiny.recheck, tiny.restate)
+    task = task_of(tiny, tiny.restate)
+    model, tokenizer, training, held_out = prepare(tiny, tiny.restate)
     watch.lap("warm start")
     folder = Path(args.output_dir)
     heads_line = "Heads as given."
     if args.heads is None:
         with PartialState().main_process_first():
-            file, heads_line = find_heads(model, tokenizer, training[: tiny.num_probed], folder / "heads")
+            file, heads_line = find_heads(
+                model, tokenizer, training[: tiny.num_probed], task, args.max_completion_length, folder / "heads"
+            )
         args.heads = str(file)
         watch.lap("heads")
     shared = (model, tokenizer, training, held_out, tiny.num_eval_samples, watch)
@@ -188,8 +207,7 @@ def main(tiny: Arguments, args: Recipe) -> None:
     header, rows = result_rows(results)
     if trainer.accelerator.is_main_process:
         report(folder, args, heads_line, results, histories, watch.seconds)
-    dataset = "multi-step arithmetic with re-checks made on the spot"
-    publish(trainer, CardNotes(dataset, markdown_table(header, rows), public_command()))
+    publish(trainer, CardNotes(task.title, markdown_table(header, rows), public_command()))
 
 
 def result_rows(results: dict[str, HeldOutResult]) -> tuple[list[str], list[list[str]]]:
@@ -220,9 +238,9 @@ def report(
     details = {"heads": heads_line, "seconds": seconds, "log_history": histories}
     details |= {"results": {name: asdict(result) for name, result in results.items()}}
     write_results(folder, title, header, rows, details)
-    plot_curves(histories, PANELS, folder / "curves.png", "AttnPO on arithmetic with re-checks")
+    plot_curves(histories, PANELS, folder / "curves.png", "AttnPO on a small task with steps that are not needed")
     print(f"{sum(seconds.values()):.0f} s in all. Tables and pictures: {folder}")
 
 
 if __name__ == "__main__":
-    main(*parse(Arguments, Recipe))
+    main(*parse_task((Arguments, Recipe), DEPENDENCIES))

@@ -3,8 +3,10 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnrl_tiny.py
 
 A noisy teacher warm-starts the model (cached in `--cache_dir`); AttnRL then trains it under vLLM colocate and
-evaluates it on held-out problems before and after. Any field can be set on the command line, e.g. `--branching random`
-or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm false`.
+evaluates it on held-out problems before and after. `--task dependencies` takes longer solutions in which it is known
+which steps matter, so that `--branching oracle` can be compared with. Any field can be set on the command line, e.g.
+`--branching random` or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm
+false`.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png` and `trees.png`.
 """
@@ -14,7 +16,8 @@ from pathlib import Path
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA, parse
+from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.tasks import parse_task
 from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
@@ -25,6 +28,7 @@ from attn_trainers.tiny.runs import (
     prepare,
     show_in_bar,
     show_table,
+    task_of,
     to_dataset,
     write_results,
 )
@@ -32,7 +36,7 @@ from attn_trainers.tiny.runs import (
 
 @dataclass
 class Recipe(AttnRLConfig):
-    """Settings of this run; those not named here are the defaults of `AttnRLConfig`."""
+    """Settings of the chain task; those not named here are the defaults of `AttnRLConfig`."""
 
     output_dir: str | None = "runs/attnrl_tiny"
     num_rollouts: int = 4  # small trees, so that a batch holds many problems
@@ -56,6 +60,19 @@ class Recipe(AttnRLConfig):
     report_to: None | str | list[str] = "none"
 
 
+DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
+    "output_dir": "runs/attnrl_dependencies",
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 12,
+    "gradient_accumulation_steps": 10,
+    "generation_batch_size": 240,
+    "max_steps": 60,
+    "max_completion_length": 352,
+    "vllm_max_model_length": 512,
+    "num_eval_problems": 100,
+    "num_eval_samples": 2,
+}
+
 PANELS = {
     "attnrl/reward_initial": "accuracy of initial rollouts",
     "attnrl/reward_mc": "accuracy of continuations",
@@ -71,10 +88,16 @@ PANELS = {
 
 def main(tiny: TinyArguments, args: Recipe) -> None:
     watch = Stopwatch()
+    task = task_of(tiny)
     folder, tokenizer, training, held_out = prepare(tiny)
     watch.lap("warm start")
     trainer = AttnRLTrainer(
-        str(folder), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
+        str(folder),
+        exact_answer_reward,
+        args,
+        train_dataset=to_dataset(training),
+        processing_class=tokenizer,
+        step_truth=task.step_truth,
     )
     watch.lap("start-up")
     before = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
@@ -91,9 +114,7 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     ]
     if trainer.accelerator.is_main_process:
         report(trainer, header, rows, before, after, watch.seconds)
-    publish(
-        trainer, CardNotes("multi-step arithmetic made on the spot", markdown_table(header, rows), public_command())
-    )
+    publish(trainer, CardNotes(task.title, markdown_table(header, rows), public_command()))
 
 
 def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seconds: dict[str, float]) -> None:
@@ -114,7 +135,12 @@ def report(trainer: AttnRLTrainer, header: list, rows: list, before, after, seco
     }
     folder = Path(trainer.args.output_dir)
     write_results(folder, title, header, rows, details)
-    plot_curves({method: trainer.state.log_history}, PANELS, folder / "curves.png", f"{method}, multi-step arithmetic")
+    plot_curves(
+        {method: trainer.state.log_history},
+        PANELS,
+        folder / "curves.png",
+        f"{method}, held-out problems: {before.accuracy:.2f} to {after.accuracy:.2f}",
+    )
     print(f"Tables and pictures: {folder}")
 
 
@@ -126,4 +152,4 @@ def method_name(args: Recipe) -> str:
 
 
 if __name__ == "__main__":
-    main(*parse(TinyArguments, Recipe))
+    main(*parse_task((TinyArguments, Recipe), DEPENDENCIES))

@@ -24,9 +24,17 @@ from transformers import PrinterCallback
 
 from attn_trainers import RhythmConfig, RhythmTrainer
 from attn_trainers.base.card import CardNotes, public_command, publish
-from attn_trainers.launch.recipe import HAS_CUDA, parse
+from attn_trainers.launch.recipe import HAS_CUDA
+from attn_trainers.launch.tasks import parse_task
 from attn_trainers.tables import markdown_table
-from attn_trainers.tiny.runs import TinyArguments, evaluate_held_out, exact_answer_reward, prepare, to_dataset
+from attn_trainers.tiny.runs import (
+    TinyArguments,
+    evaluate_held_out,
+    exact_answer_reward,
+    prepare,
+    task_of,
+    to_dataset,
+)
 
 
 matplotlib.use("Agg")
@@ -90,6 +98,16 @@ class Recipe(RhythmConfig):
     disable_tqdm: bool | None = True
     save_strategy: str = "no"
     report_to: None | str | list[str] = "none"
+
+
+DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
+    "output_dir": "runs/rhythm_dependencies",
+    "per_device_train_batch_size": 64,
+    "max_steps": 60,
+    "max_completion_length": 352,
+    "num_eval_problems": 100,
+    "num_eval_samples": 2,
+}
 
 
 def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> tuple[dict, RhythmTrainer]:
@@ -226,8 +244,8 @@ def main(script: Comparison, args: Recipe) -> None:
             best, chosen = record["accuracy"], trainer
     table = report(folder, script, before)
     if chosen is not None:
-        publish(chosen, CardNotes("multi-step arithmetic made on the spot", table, public_command()))
+        publish(chosen, CardNotes(task_of(script).title, table, public_command()))
 
 
 if __name__ == "__main__":
-    main(*parse(Comparison, Recipe))
+    main(*parse_task((Comparison, Recipe), DEPENDENCIES))

@@ -57,7 +57,8 @@ class AttnRLConfig(MethodConfig):
             Continuations sampled at each branch point (T).
         branching (`str`, *optional*, defaults to `"attention"`):
             Where to branch: `"attention"` (steps that later steps attend to), `"entropy"` (tokens of highest entropy,
-            as in TreeRL), `"random"` (random steps) or `"first_steps"`.
+            as in TreeRL), `"random"` (random steps), `"first_steps"`, or `"oracle"` (steps known to matter,
+            by the trainer's `step_truth`).
         branch_top_fraction (`float`, *optional*, defaults to `0.2`):
             Share of the steps, by influence, that are candidates (ρ).
         min_branch_spacing (`int`, *optional*, defaults to `512`):
@@ -120,7 +121,7 @@ class AttnRLConfig(MethodConfig):
     rollouts_per_branch: int = field(default=2, metadata={"help": "Continuations per branch point (T)."})
     branching: str = field(
         default="attention",
-        metadata={"help": "Where to branch: 'attention', 'entropy', 'random' or 'first_steps'."},
+        metadata={"help": "Where to branch: 'attention', 'entropy', 'random', 'first_steps' or 'oracle'."},
     )
     branch_top_fraction: float = field(
         default=0.2, metadata={"help": "Share of the steps, by influence, that are branch candidates (ρ)."}
@@ -239,6 +240,11 @@ class AttnRLConfig(MethodConfig):
     def reads_entropies(self) -> bool:
         """Whether branching asks for the entropy of tokens."""
         return self._needs == "entropies"
+
+    @property
+    def reads_truth(self) -> bool:
+        """Whether branching asks which steps matter."""
+        return self.num_branch_points > 0 and self._needs == "truth"
 
     @property
     def _needs(self) -> str | None:

@@ -41,6 +41,7 @@ class CriterionInput:
         top_fraction, min_spacing: see `select_branch_points`.
         influence: (m,) influence of each step, where the criterion needs it.
         entropies: (n,) entropy at each token, where the criterion needs it.
+        truth: (m,) how much each step is known to matter, where the criterion needs it.
         rng: source of all randomness, where the criterion needs it.
     """
 
@@ -50,6 +51,7 @@ class CriterionInput:
     min_spacing: int = 512
     influence: Sequence[float] | np.ndarray | None = None
     entropies: Sequence[float] | np.ndarray | None = None
+    truth: Sequence[float] | None = None
     rng: random.Random | None = None
 
     @property
@@ -65,7 +67,7 @@ class Criterion:
     Attributes:
         choose: gives the points; where a rollout has no place to branch, none.
         needs: the field of `CriterionInput` that must be there, `None` for none. "influence" makes the trainer read
-            the attention of initial rollouts, "entropies" their entropies.
+            the attention of initial rollouts, "entropies" their entropies, "truth" ask its `step_truth`.
     """
 
     choose: Callable[[CriterionInput], BranchPoints]
@@ -79,7 +81,8 @@ def choose_branch_points(criterion: str, **given) -> BranchPoints:
 
     Args:
         criterion: `attention` (steps of top influence), `entropy` (tokens of top entropy, as in TreeRL), `random`
-            (random steps), `first_steps` (the earliest), or another entry of `CRITERIA`.
+            (random steps), `first_steps` (the earliest), `oracle` (steps known to matter), or another entry of
+            `CRITERIA`.
         given: fields of `CriterionInput`.
 
     Raises:
@@ -116,17 +119,29 @@ def first_steps(asked: CriterionInput) -> BranchPoints:
     return fill_points(asked.starts[: asked.num_points], asked.starts, asked.num_points)
 
 
+def true_steps(asked: CriterionInput) -> BranchPoints:
+    """The steps that are known to matter most, the first step excepted; ties are drawn at random, 0 is never taken."""
+    if len(asked.truth) != len(asked.step_ranges):
+        raise ValueError(f"truth has {len(asked.truth)} entries for {len(asked.step_ranges)} steps; give one a step.")
+    known = [(value, start) for value, start in zip(asked.truth[1:], asked.starts, strict=True) if value > 0]
+    order = (asked.rng or random.Random(0)).sample(known, len(known))
+    order.sort(key=lambda pair: -pair[0])  # stable: ties stay in drawn order
+    return fill_points([start for _, start in order[: asked.num_points]], asked.starts, asked.num_points)
+
+
 # Where rollouts are branched, by the name that `AttnRLConfig.branching` takes.
 CRITERIA = {
     "attention": Criterion(top_influence, needs="influence"),
     "entropy": Criterion(top_entropy, needs="entropies"),
     "random": Criterion(random_steps, needs="rng"),
     "first_steps": Criterion(first_steps),
+    "oracle": Criterion(true_steps, needs="truth"),
 }
 _NEEDS = {
     "influence": "the influence of each step",
     "entropies": "the entropy of each token",
     "rng": "a random.Random",
+    "truth": "how much each step is known to matter",
 }
 
 

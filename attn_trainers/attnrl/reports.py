@@ -27,7 +27,7 @@ class ReportsMixin:
         """Keep the prompt that shows most, for the card and the picture at the next log."""
         if not self.ranks.is_first or not prompts:
             return
-        shown = max(prompts, key=lambda prompt: (prompt.num_mixed_trees, len(prompt.continuations)))
+        shown = max(prompts, key=shows_most)
         self._shown = shown
         if self.args.log_trees:
             self.exhibits.offer("trees", lambda: Picture(lambda path: plot_trees(shown, problem_of(shown), path)))
@@ -72,6 +72,12 @@ class ReportsMixin:
                     logs["rewards"][name].append(reward)
                 for column, column_values in logs["extra"].items():
                     column_values.append(told.get(column))
+
+
+def shows_most(prompt: PromptRollouts) -> tuple[int, ...]:
+    """What makes a prompt worth a picture: leaves that differ, then branch points that are not the first steps."""
+    mixed = prompt.num_mixed_trees
+    return int(mixed > 0), prompt.num_later_points, mixed, len(prompt.continuations)
 
 
 def problem_of(prompt: PromptRollouts) -> str:

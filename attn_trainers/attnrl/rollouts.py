@@ -122,6 +122,15 @@ class PromptRollouts:
         """How many of its trees have leaves of different rewards: those in which branching tells steps apart."""
         return sum(len({r.reward, *(branch.reward for branch in branches_of(r))}) > 1 for r in self.rollouts)
 
+    @property
+    def num_later_points(self) -> int:
+        """How many of its branch points are not at the first steps: those that a criterion had to choose."""
+        count = 0
+        for rollout in self.rollouts:
+            points = {branch.offset for branch in branches_of(rollout)}
+            count += len(points.difference(start for start, _ in rollout.step_ranges[1 : 1 + len(points)]))
+        return count
+
     def mean_influence(self) -> float:
         """ȳ: mean over the rollouts of the mean influence of their steps (eq. 8)."""
         means = [float(r.influence.mean()) for r in self.rollouts if r.influence is not None and r.influence.size]

@@ -4,10 +4,11 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -36,7 +37,7 @@ from .loss import LossMixin
 from .packed import PackingMixin
 from .pipeline import Pipeline
 from .reports import ReportsMixin
-from .rollouts import PromptRollouts
+from .rollouts import PromptRollouts, ReadRollout
 from .rows import (
     LeafValues,
     TrainingRow,
@@ -75,6 +76,8 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
         model, reward_funcs, args, more, kwargs: as for [`~trl.GRPOTrainer`]; `args` is an [`AttnRLConfig`]. Tools,
             environments, `rollout_func` and iterable data sets are not supported.
         credit: a credit method that weighs the tree advantages per token, e.g. [`RhythmCredit`]; `None` for none.
+        step_truth: for `branching="oracle"`: given a row of the data set and the texts of a rollout's steps, how much
+            each step matters, 0 for not at all.
 
     Attributes:
         pipeline: what outlives a training step.
@@ -102,7 +105,16 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
     config_class = AttnRLConfig
     metric_prefix = "attnrl"
 
-    def __init__(self, model, reward_funcs=None, args=None, *more, credit: CreditMethod | None = None, **kwargs):
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        *more,
+        credit: CreditMethod | None = None,
+        step_truth: Callable[[dict[str, Any], list[str]], Sequence[float]] | None = None,
+        **kwargs,
+    ):
         if isinstance(more[0] if more else kwargs.get("train_dataset"), IterableDataset):
             raise ValueError(
                 "train_dataset is an IterableDataset; AttnRL draws prompts by index, as many as each step needs. "
@@ -116,10 +128,15 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
                     "have none: what is scored together is continuations of one batch and rollouts of the next. Give "
                     "a reward of each completion alone, and credit=AttnPOCredit(...) to penalise length."
                 )
+        if args is not None and args.reads_truth and step_truth is None:
+            raise ValueError(
+                f"branching={args.branching!r} needs to know which steps matter; pass the trainer step_truth=..., or "
+                "set branching='attention'."
+            )
         if credit is not None:
             credit.check_trees()
         super().__init__(model, reward_funcs, args, *more, **kwargs)
-        self.credit = credit
+        self.credit, self.step_truth = credit, step_truth
         if credit is not None:
             self._tag_names = [*self._tag_names, credit.prefix]
             credit.setup(self.model, self._tokenizer, self.reward_func_names, self.args.seed)
@@ -212,6 +229,7 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
                     step_ranges=rollout.step_ranges,
                     influence=rollout.influence,
                     entropies=rollout.entropies,
+                    truth=self._truth_of(prompt, rollout) if args.reads_truth else None,
                     num_points=args.num_branch_points,
                     top_fraction=args.branch_top_fraction,
                     min_spacing=args.min_branch_spacing,
@@ -219,6 +237,10 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
                 )
             plan.append((prompt, points))
         return plan
+
+    def _truth_of(self, prompt: PromptRollouts, rollout: ReadRollout) -> Sequence[float]:
+        texts = [self._tokenizer.decode(rollout.tokens[start:end].tolist()) for start, end in rollout.step_ranges]
+        return self.step_truth(prompt.example, texts)
 
     def _report_branching(self, prompts: Sequence[PromptRollouts]) -> None:
         """Say of the first batch what attention has to choose from, and which setting would help."""

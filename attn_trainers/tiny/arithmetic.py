@@ -238,11 +238,15 @@ def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = f
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build_model(tokenizer, settings.hidden_size, settings.num_layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=settings.learning_rate, total_steps=settings.steps, pct_start=0.1
-    )
-    progress = tqdm(_batches(settings, tokenizer, exclude), total=settings.steps, desc="Warm start")
+    fit(model, _batches(settings, tokenizer, exclude), settings.steps, settings.learning_rate)
+    return save_finished(model, tokenizer, folder)
+
+
+def fit(model: Qwen2ForCausalLM, batches: Iterator[dict], steps: int, learning_rate: float) -> None:
+    """One AdamW step a batch, with a warm-up over a tenth of them and a decay to nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
+    progress = tqdm(batches, total=steps, desc="Warm start")
     for batch in progress:
         loss = model(**batch).loss
         loss.backward()
@@ -251,8 +255,12 @@ def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = f
         schedule.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def save_finished(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Save a model under a name that is there only once all of it is."""
     partial = folder.with_suffix(".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(folder)  # a run that was cut off leaves no folder that looks finished
+    partial.rename(folder)
     return folder

@@ -1,4 +1,4 @@
-"""What the recipes on the arithmetic task share: the warm start, held-out accuracy, results and pictures."""
+"""What the tiny recipes share: the task, the warm start, held-out accuracy, results and pictures."""
 
 import json
 import time
@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer
 
+from ..base.options import require_choice
 from ..sampling.problems import render_prompt
 from ..sampling.requests import GenerationRequest
 from ..tables import markdown_table
-from .arithmetic import Problem, WarmStart, prompt_messages, sample_problems, warm_start
+from .arithmetic import WarmStart, prompt_messages
+from .dependency_start import DependencyStart
+from .tasks import ChainTask, DependencyTask, Task
 
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
@@ -25,14 +28,24 @@ TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
 @dataclass
 class TinyArguments:
-    """The task, the warm start and the evaluation of a recipe on multi-step arithmetic."""
+    """The task, the warm start and the evaluation of a tiny recipe. What is None is set by the task."""
 
+    task: str = field(
+        default="chain",
+        metadata={"help": "'chain': a chain of operations, learnt in minutes; 'dependencies': steps of known worth."},
+    )
     cache_dir: str = field(default="runs/cache", metadata={"help": "Where warm-started models are kept."})
-    num_operations: int = field(default=5, metadata={"help": "Operations per problem."})
+    num_operations: int = field(default=5, metadata={"help": "Operations per problem of the chain task."})
     max_start: int = field(default=99, metadata={"help": "Largest number that a chain starts from."})
-    noise: float = field(default=0.15, metadata={"help": "Probability that the teacher writes a wrong result."})
-    warm_start_steps: int = field(default=1600, metadata={"help": "Optimizer steps of the warm start."})
-    warm_start_batch_size: int = field(default=32, metadata={"help": "Solutions per step of the warm start."})
+    noise: float | None = field(default=None, metadata={"help": "Probability that the teacher writes a wrong result."})
+    recheck: float | None = field(
+        default=None, metadata={"help": "Probability that a step is followed by a re-check."}
+    )
+    needed: int = field(default=15, metadata={"help": "Steps that a dependency problem needs."})
+    unneeded: int = field(default=7, metadata={"help": "Variables that a dependency problem does not need."})
+    detour: float = field(default=0.8, metadata={"help": "Probability that the teacher computes such a variable."})
+    warm_start_steps: int | None = field(default=None, metadata={"help": "Optimizer steps of the warm start."})
+    warm_start_batch_size: int = field(default=32, metadata={"help": "Chains per step of the warm start."})
     num_train_problems: int = field(default=4000, metadata={"help": "Problems to train on."})
     num_eval_problems: int = field(default=200, metadata={"help": "Held-out problems."})
     num_eval_samples: int = field(default=4, metadata={"help": "Samples per held-out problem."})
@@ -69,36 +82,42 @@ def exact_answer_reward(completions: Sequence, answer: Sequence[str], **kwargs) 
     ]
 
 
-def to_dataset(problems: Sequence[Problem]) -> Dataset:
+def task_of(args: TinyArguments, restate: bool = False) -> Task:
+    """The task that the arguments name.
+
+    Raises:
+        ValueError: for an unknown task, or a size that no problem has.
+    """
+    require_choice("task", args.task, ("chain", "dependencies"))
+    given = {"noise": args.noise, "recheck": args.recheck, "steps": args.warm_start_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.task == "dependencies":
+        given |= {"needed": args.needed, "unneeded": args.unneeded, "detour": args.detour}
+        return DependencyTask(DependencyStart(**given))
+    sizes = {"num_operations": args.num_operations, "max_start": args.max_start}
+    return ChainTask(WarmStart(**given, **sizes, restate=restate, batch_size=args.warm_start_batch_size))
+
+
+def to_dataset(problems: Sequence) -> Dataset:
     """Problems as a TRL data set with conversational prompts and an `answer` column."""
     return Dataset.from_list([{"prompt": prompt_messages(p), "answer": p.answer} for p in problems])
 
 
-def prepare(
-    args: TinyArguments, recheck: float = 0.0, restate: bool = False
-) -> tuple[Path, PreTrainedTokenizerFast, list[Problem], list[Problem]]:
+def prepare(args: TinyArguments, restate: bool = False) -> tuple[Path, PreTrainedTokenizerFast, list, list]:
     """The warm-started model's folder, its tokenizer, training problems and held-out problems.
 
     The warm start runs on one rank, the others wait.
     """
-    held_out = sample_problems(args.num_eval_problems, HELD_OUT_SEED, args.num_operations, args.max_start)
+    task = task_of(args, restate)
+    held_out = task.problems(args.num_eval_problems, HELD_OUT_SEED)
     texts = {problem.text for problem in held_out}
-    training = sample_problems(args.num_train_problems, TRAIN_SEED, args.num_operations, args.max_start, exclude=texts)
-    settings = WarmStart(
-        noise=args.noise,
-        recheck=recheck,
-        restate=restate,
-        num_operations=args.num_operations,
-        max_start=args.max_start,
-        steps=args.warm_start_steps,
-        batch_size=args.warm_start_batch_size,
-    )
+    training = task.problems(args.num_train_problems, TRAIN_SEED, exclude=texts)
     with PartialState().main_process_first():
-        folder = warm_start(settings, args.cache_dir, exclude=texts)
+        folder = task.warm_start(args.cache_dir, texts)
     return folder, PreTrainedTokenizerFast.from_pretrained(folder), training, held_out
 
 
-def evaluate_held_out(trainer, problems: Sequence[Problem], num_samples: int, seed: int = 0) -> HeldOutResult:
+def evaluate_held_out(trainer, problems: Sequence, num_samples: int, seed: int = 0) -> HeldOutResult:
     """Sample held-out problems with the trainer's own generation, shared by the ranks.
 
     Args:

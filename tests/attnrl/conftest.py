@@ -32,7 +32,9 @@ class RecordingTrainer(AttnRLTrainer):
 
 @pytest.fixture
 def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
-    def make(reward=odd_sum, trainer_class=RecordingTrainer, peft_config=None, eval_dataset=None, **kwargs):
+    def make(
+        reward=odd_sum, trainer_class=RecordingTrainer, peft_config=None, eval_dataset=None, step_truth=None, **kwargs
+    ):
         settings = {
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": 10,
@@ -58,6 +60,7 @@ def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
             eval_dataset=eval_dataset,
             processing_class=tiny_tokenizer,
             peft_config=peft_config,
+            step_truth=step_truth,
         )
 
     return make

@@ -185,12 +185,28 @@ def test_random_steps_repeat_only_where_there_are_too_few():
         ("attention", "influence=None"),
         ("entropy", "entropies=None"),
         ("random", "rng=None"),
+        ("oracle", "truth=None"),
         ("depth", "criterion='depth'"),
     ],
 )
 def test_a_criterion_without_its_signal_is_refused(criterion, message):
     with pytest.raises(ValueError, match=message):
         choose_branch_points(criterion, step_ranges=TEN_STEPS, num_points=2)
+
+
+def test_the_oracle_branches_at_the_steps_that_matter_most():
+    def chosen(truth, num_points, seed=0):
+        rng = random.Random(seed)
+        return choose_branch_points("oracle", step_ranges=TEN_STEPS, num_points=num_points, truth=truth, rng=rng)
+
+    starts = [start for start, _ in TEN_STEPS]
+    assert chosen([9, 0, 0, 1, 0, 3, 0, 2, 0, 0], 2) == BranchPoints([starts[5], starts[7]])  # never the first step
+    # Steps that do not matter are fallbacks, the earliest first.
+    assert chosen([1, 0, 0, 1, 0, 0, 0, 0, 0, 0], 2) == BranchPoints([starts[1], starts[3]], 1)
+    drawn = {tuple(chosen([0, 1, 0, 1, 0, 1, 0, 0, 0, 0], 1, seed).offsets) for seed in range(30)}
+    assert drawn == {(starts[1],), (starts[3],), (starts[5],)}
+    with pytest.raises(ValueError, match="truth has 2 entries for 10 steps"):
+        chosen([1, 0], 1)
 
 
 @pytest.mark.parametrize(

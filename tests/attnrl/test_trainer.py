@@ -152,6 +152,27 @@ def test_influence_and_old_log_probs_of_the_shared_forward_equal_those_of_separa
             )
 
 
+def test_the_oracle_is_asked_for_the_truth_of_each_step(make_trainer):
+    asked = []
+
+    def step_truth(example, steps):
+        asked.append((str(example["prompt"]), "".join(steps)))
+        return [float(index == len(steps) - 1) for index in range(len(steps))]
+
+    settings = {"branching": "oracle", "expansion": "uniform", "filter_easy_prompts": False}
+    trainer = make_trainer(step_truth=step_truth, max_steps=1, off_policy=False, **settings)
+    trainer.train()
+    rollouts = [r for p in trainer.batches[0] for r in p.rollouts]
+    texts = [trainer.processing_class.decode(r.tokens.tolist()) for r in rollouts]
+    assert [text for _, text in asked][: len(texts)] == texts
+    assert {prompt for prompt, _ in asked} <= {str(prompt) for prompt in trainer.train_dataset["prompt"]}
+    for rollout in rollouts:
+        starts = [start for start, _ in rollout.step_ranges[1:]]
+        assert not starts or starts[-1] in rollout.branch_points.offsets
+    with pytest.raises(ValueError, match="branching='oracle' needs to know which steps matter; pass the trainer"):
+        make_trainer(**settings)
+
+
 @pytest.mark.parametrize("branching", ["attention", "entropy", "random", "first_steps"])
 def test_every_criterion_trains_with_the_whole_leaf_budget(make_trainer, branching):
     trainer = make_trainer(branching=branching, expansion="uniform", filter_easy_prompts=False, max_steps=2)
