@@ -22,9 +22,9 @@ from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
+    HeldOutCurve,
     Stopwatch,
     TinyArguments,
-    evaluate_held_out,
     exact_answer_reward,
     prepare,
     show_in_bar,
@@ -82,13 +82,14 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
     )
     trainer.keeps_prompts = True  # for the picture of a tree
     watch.lap("start-up")
-    before = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
+    curve = HeldOutCurve(trainer, tiny, held_out, Path(args.output_dir) / "curve.jsonl")
+    before = curve.measure()
     trainer.accelerator.print(f"Held-out accuracy before: {before.accuracy:.3f}")
     watch.lap("evaluation")
     show_in_bar(trainer, {"attnrl/reward_initial": "accuracy", "attnrl/valid_ratio_all": "with signal"})
     trainer.train()
     watch.lap("training")
-    after = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
+    after = curve.measure()
     header = ["", "before", "after"]
     rows = [
         ["held-out accuracy", *(f"{r.accuracy:.3f} ± {r.standard_error:.3f}" for r in (before, after))],
