@@ -5,9 +5,9 @@
 
 `studies.py` is the table of studies. Every arm and seed is a process of its own with one thread; all arms of a seed
 run before the next seed. A finished run is a line of `results/STUDY.jsonl`; what is there with the same settings is
-not run again, so that the driver may be killed at any time and started again: it then repeats the runs that were cut off.
-Curves, logs and models of the runs are in `runs/arms/STUDY`. `--report` writes `results/STUDY.md` and `.png` from the
-lines alone; a study that was run reports by itself.
+not run again, so that the driver may be killed at any time and started again: it then repeats the runs that were cut
+off. Curves, logs and models of the runs are in `runs/arms/STUDY`. `--report` writes `results/STUDY.md` and `.png` from
+the lines alone; a study that was run reports by itself.
 """
 
 import argparse

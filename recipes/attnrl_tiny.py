@@ -4,7 +4,8 @@
 
 A noisy teacher warm-starts the model (cached in `--cache_dir`); AttnRL then trains it under vLLM colocate and
 evaluates it on held-out problems before and after. Any field can be set on the command line, e.g. `--branching random`
-or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm false`.
+or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, `--credit rhythm` for that credit on
+the trees, or `--use_vllm false`.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png` and `trees.png`.
 """
@@ -18,6 +19,7 @@ from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attnrl.pictures import plot_trees
 from attn_trainers.attnrl.rollouts import PromptRollouts, branches_of
 from attn_trainers.base.card import CardNotes, public_command, publish
+from attn_trainers.launch.credits import build_credit, chosen_credit, credit_arguments
 from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
@@ -73,12 +75,17 @@ PANELS = {
 }
 
 
-def main(tiny: TinyArguments, args: Recipe) -> None:
+def main(tiny: TinyArguments, args: Recipe, credit: object) -> None:
     watch = Stopwatch()
     folder, tokenizer, training, held_out = prepare(tiny)
     watch.lap("warm start")
     trainer = AttnRLTrainer(
-        str(folder), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
+        str(folder),
+        exact_answer_reward,
+        args,
+        train_dataset=to_dataset(training),
+        processing_class=tokenizer,
+        credit=build_credit(credit, args),
     )
     trainer.keeps_prompts = True  # for the picture of a tree
     watch.lap("start-up")
@@ -142,4 +149,4 @@ def num_mixed_trees(prompt: PromptRollouts) -> int:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((TinyArguments, Recipe)).parse_args_and_config())
+    main(*TrlParser((TinyArguments, Recipe, credit_arguments(chosen_credit(), Recipe))).parse_args_and_config())
