@@ -131,15 +131,19 @@ def differences_table(study: Study, records: Records) -> str:
     """One row per pair of arms and quantity, over the seeds that both have."""
     budget, rows = shared_tokens(study, records), []
     quantities = {
-        "accuracy, points": lambda r: 100 * r["accuracy"],
-        "mean over the run, points": lambda r: 100 * curve_mean(r, budget),
-        "thinking tokens": lambda r: r["mean_thinking"],
+        "accuracy, points": lambda r, _: 100 * r["accuracy"],
+        "mean over the run, points": lambda r, _: 100 * curve_mean(r, budget),
+        "thinking tokens, % of the second's": lambda r, base: 100 * r["mean_thinking"] / base["mean_thinking"],
     }
     pairs = [(arm, other) for other in study.against for arm in study.arms if arm != other]
     for arm, other in pairs:
         seeds = sorted(records.get(arm, {}).keys() & records.get(other, {}).keys())
         for name, value in quantities.items() if seeds else ():
-            d = paired_difference([value(records[other][s]) for s in seeds], [value(records[arm][s]) for s in seeds])
+            bases = [records[other][seed] for seed in seeds]
+            runs = [records[arm][seed] for seed in seeds]
+            d = paired_difference(
+                [value(b, b) for b in bases], [value(r, b) for r, b in zip(runs, bases, strict=True)]
+            )
             interval = f"[{d.interval[0]:+.1f}, {d.interval[1]:+.1f}]" if d.interval else "–"
             p_value = f"{d.p_value:.3f}" if d.p_value is not None else "–"
             rows.append([f"{arm} − {other}", name, d.num_pairs, f"{d.mean:+.1f}", interval, p_value])

@@ -42,6 +42,9 @@ UNLIMITED = 100_000  # updates: the budget ends the run
 TREES = {"use_vllm": False, "max_steps": UNLIMITED, "disable_tqdm": True}
 DEPENDENCIES = {"task": "dependencies"}
 AT_TOKENS = {"budget": 1_500_000, "eval_every": 250_000}
+# As `recipes/attnpo_tiny.py` has it; its scales are in full force after 30 updates.
+ATTNPO = {"credit": "attnpo", "credit_step_mode": "paragraphs", "length_penalty": 0.4}
+ATTNPO |= {"schedule_fraction": 30 / UNLIMITED}
 SCHEMES = ("random", "none", "entropy", "local", "global", "coupled", "coupled_bottom", "reward_split")
 
 STUDIES: dict[str, Study] = {
@@ -92,7 +95,7 @@ STUDIES: dict[str, Study] = {
             "trees": {},
             "trees+random": {"credit": "rhythm", "scheme": "random"},
             "trees+rhythm": {"credit": "rhythm", "scheme": "coupled"},
-            "trees+attnpo": {"credit": "attnpo", "heads": "runs/arms/length/attnpo-0/heads/heads.json"},
+            "trees+attnpo": ATTNPO | {"heads": "runs/arms/length/attnpo-0/heads/heads.json"},
         },
         against=("trees", "trees+random"),
         **AT_TOKENS,
