@@ -26,8 +26,9 @@ class Difference:
 
     Attributes:
         mean: of the differences.
-        interval: 95 % interval of the mean, by Student's t; `None` from one pair.
-        p_value: two-sided; `None` from one pair.
+        interval: 95 % interval of the mean, by Student's t; `None` from one pair, or from equal ones: there is no
+            spread to go by.
+        p_value: two-sided; `None` where there is no interval.
         num_pairs: n.
     """
 
@@ -71,11 +72,11 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
         raise ValueError(f"first has {len(first)} and second has {len(second)} values; both need the same seeds.")
     values = np.subtract(second, first)
     count, mean = len(values), float(np.mean(values))
-    if count == 1:
-        return Difference(mean, None, None, 1)
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    if error < 1e-9:
+        return Difference(mean, None, None, count)
     reach = t_quantile(0.95, count - 1) * error
-    p_value = 1 - t_within(abs(mean) / error, count - 1) if error > 0 else float(mean == 0)
+    p_value = 1 - t_within(abs(mean) / error, count - 1)
     return Difference(mean, (mean - reach, mean + reach), p_value, count)
 
 
