@@ -35,10 +35,10 @@ from attn_trainers.sampling.transformers import sample_with_transformers
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.arithmetic import prompt_messages
 from attn_trainers.tiny.runs import (
+    HeldOutCurve,
     HeldOutResult,
     Stopwatch,
     TinyArguments,
-    evaluate_held_out,
     exact_answer_reward,
     prepare,
     show_in_bar,
@@ -156,20 +156,21 @@ def find_heads(model: Path, tokenizer, problems: list, task: Task, max_tokens: i
     return folder / "heads.json", line
 
 
-def run(name: str, args: Recipe, model: Path, tokenizer, training, held_out, samples: int, watch: Stopwatch):
+def run(name: str, args: Recipe, model: Path, tokenizer, training, held_out, tiny: Arguments, watch: Stopwatch):
     """Train and evaluate before and after: the trainer and the two results."""
     set_seed(args.seed)
     trainer = AttnPOTrainer(
         str(model), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
     )
     torch.manual_seed(args.seed)
-    before = evaluate_held_out(trainer, held_out, samples)
+    curve = HeldOutCurve(trainer, tiny, held_out, Path(args.output_dir) / "curve.jsonl")
+    before = curve.measure()
     watch.lap(f"{name}: start-up and evaluation")
     show_in_bar(trainer, {"attnpo/accuracy": "accuracy", "attnpo/thinking_tokens": "thinking tokens"})
     trainer.train()
     watch.lap(f"{name}: training")
     torch.manual_seed(args.seed)
-    after = evaluate_held_out(trainer, held_out, samples)
+    after = curve.measure()
     watch.lap(f"{name}: evaluation")
     trainer.accelerator.print(
         f"{name}: accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}, thinking tokens "
@@ -194,7 +195,7 @@ def main(tiny: Arguments, args: Recipe) -> None:
             )
         args.heads = str(file)
         watch.lap("heads")
-    shared = (model, tokenizer, training, held_out, tiny.num_eval_samples, watch)
+    shared = (model, tokenizer, training, held_out, tiny, watch)
     off = copy(args)
     off.attenuate_positive = off.protect_negative = False
     off.output_dir = str(folder / "tlmre")

@@ -5,8 +5,8 @@
 A noisy teacher warm-starts the model (cached in `--cache_dir`); AttnRL then trains it under vLLM colocate and
 evaluates it on held-out problems before and after. `--task dependencies` takes longer solutions in which it is known
 which steps matter, so that `--branching oracle` can be compared with. Any field can be set on the command line, e.g.
-`--branching random` or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, or `--use_vllm
-false`.
+`--branching random` or `--num_branch_points 0` (plain outcome RL) for a comparison on equal ground, `--credit rhythm`
+for that credit on the trees, or `--use_vllm false`.
 
 The output folder holds the model, its card, `results.md`, `results.json`, `curves.png` and `trees.png`.
 """
@@ -16,14 +16,16 @@ from pathlib import Path
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.base.card import CardNotes, public_command, publish
+from attn_trainers.launch.command import refusal_in_a_line
+from attn_trainers.launch.credits import build_credit, chosen_credit, credit_arguments
 from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.launch.tasks import parse_task
 from attn_trainers.plots import plot_curves
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
+    HeldOutCurve,
     Stopwatch,
     TinyArguments,
-    evaluate_held_out,
     exact_answer_reward,
     prepare,
     show_in_bar,
@@ -86,7 +88,7 @@ PANELS = {
 }
 
 
-def main(tiny: TinyArguments, args: Recipe) -> None:
+def main(tiny: TinyArguments, args: Recipe, credit: object) -> None:
     watch = Stopwatch()
     task = task_of(tiny)
     folder, tokenizer, training, held_out = prepare(tiny)
@@ -98,15 +100,17 @@ def main(tiny: TinyArguments, args: Recipe) -> None:
         train_dataset=to_dataset(training),
         processing_class=tokenizer,
         step_truth=task.step_truth,
+        credit=build_credit(credit, args),
     )
     watch.lap("start-up")
-    before = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
+    curve = HeldOutCurve(trainer, tiny, held_out, Path(args.output_dir) / "curve.jsonl")
+    before = curve.measure()
     trainer.accelerator.print(f"Held-out accuracy before: {before.accuracy:.3f}")
     watch.lap("evaluation")
     show_in_bar(trainer, {"attnrl/reward_initial": "accuracy", "attnrl/valid_ratio_all": "with signal"})
     trainer.train()
     watch.lap("training")
-    after = evaluate_held_out(trainer, held_out, tiny.num_eval_samples)
+    after = curve.measure()
     header = ["", "before", "after"]
     rows = [
         ["held-out accuracy", *(f"{r.accuracy:.3f} ± {r.standard_error:.3f}" for r in (before, after))],
@@ -152,4 +156,6 @@ def method_name(args: Recipe) -> str:
 
 
 if __name__ == "__main__":
-    main(*parse_task((TinyArguments, Recipe), DEPENDENCIES))
+    with refusal_in_a_line():
+        chosen = credit_arguments(chosen_credit(), Recipe)
+    main(*parse_task((TinyArguments, Recipe, chosen), DEPENDENCIES))

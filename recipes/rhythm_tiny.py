@@ -28,6 +28,7 @@ from attn_trainers.launch.recipe import HAS_CUDA
 from attn_trainers.launch.tasks import parse_task
 from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
+    HeldOutCurve,
     TinyArguments,
     evaluate_held_out,
     exact_answer_reward,
@@ -122,9 +123,11 @@ def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> t
         str(folder), exact_answer_reward, args, train_dataset=to_dataset(training), processing_class=tokenizer
     )
     trainer.remove_callback(PrinterCallback)
+    curve = HeldOutCurve(trainer, script, held_out, Path(args.output_dir) / f"curve_{arm}_{seed}.jsonl")
+    curve.measure()
     trainer.train()
-    seconds = time.perf_counter() - start
-    result = evaluate_held_out(trainer, held_out, script.num_eval_samples)
+    seconds = time.perf_counter() - start - curve.evaluation_seconds
+    result = curve.measure()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
     record = {
         "arm": arm,

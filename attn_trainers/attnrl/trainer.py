@@ -196,6 +196,11 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
         updates = -(-most // self.args.rows_per_update) * self.num_iterations
         return self.state.global_step + updates >= self.state.max_steps
 
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens sampled for the generation batches so far, on all ranks; what is in flight counts with its batch."""
+        return self.pipeline.totals["generated_tokens"]
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the seconds of the context to those of its name in this generation batch."""

@@ -53,6 +53,7 @@ class CreditTrainer(BaseTrainer):
 
     Attributes:
         credit: the credit method.
+        generated_tokens: tokens sampled for the generation batches so far, on all ranks.
         last_credit: what it answered for the latest generation batch.
         last_rewards_per_func: (ranks·B, F) shaped rewards of the latest generation batch.
     """
@@ -65,6 +66,7 @@ class CreditTrainer(BaseTrainer):
         self.credit = credit if credit is not None else self.credit_of(self.args)
         self.credit.setup(self.model, self._tokenizer, self.reward_func_names, self.args.seed)
         self.line_fields |= self.credit.line_fields
+        self.generated_tokens = 0
         self.last_credit = BatchCredit()
         self.last_rewards_per_func: Tensor | None = None
         self._scored: _Scored | None = None  # while a generation batch is on its way through TRL
@@ -148,6 +150,7 @@ class CreditTrainer(BaseTrainer):
         self.log_means({"completions/mean_thinking_length": (float(sum(thinking)), float(len(thinking)))}, "")
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
         lengths = self.ranks.gather(lengths)  # (ranks·B,)
+        self.generated_tokens += int(lengths.sum())
         groups = self._groups(len(lengths))
         self._scored.correct = self.credit.judge(rewards, self.reward_weights)
         self._scored.shaped = self.credit.shape_rewards(rewards, lengths, groups)
@@ -217,7 +220,8 @@ class CreditTrainer(BaseTrainer):
         super().log(logs, start_time)
 
     def method_state(self) -> dict:
-        return self.credit.state_dict()
+        return self.credit.state_dict() | {"generated_tokens": self.generated_tokens}
 
     def load_method_state(self, state: dict) -> None:
-        self.credit.load_state_dict(state)
+        self.generated_tokens = state.get("generated_tokens", 0)
+        self.credit.load_state_dict({name: value for name, value in state.items() if name != "generated_tokens"})

@@ -12,9 +12,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer
+from transformers import PreTrainedTokenizerFast, ProgressCallback, Trainer, TrainerCallback
 
 from ..base.options import require_choice
+from ..jsonl import append_jsonl
 from ..sampling.problems import render_prompt
 from ..sampling.requests import GenerationRequest
 from ..tables import markdown_table
@@ -49,6 +50,13 @@ class TinyArguments:
     num_train_problems: int = field(default=4000, metadata={"help": "Problems to train on."})
     num_eval_problems: int = field(default=200, metadata={"help": "Held-out problems."})
     num_eval_samples: int = field(default=4, metadata={"help": "Samples per held-out problem."})
+    max_generated_tokens: int = field(
+        default=0,
+        metadata={"help": "Train no generation batch more after so many sampled tokens; 0: max_steps alone ends it."},
+    )
+    eval_every_tokens: int = field(
+        default=0, metadata={"help": "Sampled tokens between held-out evaluations during training; 0: none."}
+    )
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,61 @@ def evaluate_held_out(trainer, problems: Sequence, num_samples: int, seed: int =
         num_samples=num_samples,
         per_problem=per_problem.tolist(),
     )
+
+
+class HeldOutCurve(TrainerCallback):
+    """Held-out accuracy over the tokens that training sampled, and the end of the run at a budget of them.
+
+    Each point is a line of a file at once, so that others can follow the run. Points and the end fall between
+    generation batches: the budget is exceeded by less than the tokens of one. Evaluation draws by seeds of its own.
+
+    Args:
+        trainer: a trainer with `generated_tokens`; the callback adds itself to it.
+        args: how often, how many samples, which budget.
+        problems: held-out problems.
+        path: file of the points, begun anew.
+    """
+
+    def __init__(self, trainer, args: TinyArguments, problems: Sequence, path: str | Path):
+        self.trainer, self.args, self.problems, self.path = trainer, args, problems, Path(path)
+        self.evaluation_seconds = 0.0
+        self._start = time.perf_counter()
+        if trainer.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
+        trainer.add_callback(self)
+
+    def measure(self) -> HeldOutResult:
+        """Evaluate, and write the point: counts, seconds without evaluation, accuracy and lengths."""
+        start = time.perf_counter()
+        result = evaluate_held_out(self.trainer, self.problems, self.args.num_eval_samples)
+        now = time.perf_counter()
+        self.evaluation_seconds += now - start
+        point = {
+            "generated_tokens": self.trainer.generated_tokens,
+            "updates": self.trainer.state.global_step,
+            "seconds": round(now - self._start - self.evaluation_seconds, 1),
+            "accuracy": round(result.accuracy, 5),
+            "standard_error": round(result.standard_error, 5),
+            "mean_length": round(result.mean_length, 2),
+            "mean_thinking": round(result.mean_thinking, 2),
+        }
+        if self.trainer.accelerator.is_main_process:
+            append_jsonl(self.path, point)
+        return result
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._next = self.args.eval_every_tokens
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.trainer.is_between_generations():
+            return
+        tokens, every = self.trainer.generated_tokens, self.args.eval_every_tokens
+        if 0 < self.args.max_generated_tokens <= tokens:
+            control.should_training_stop = True
+        elif every and tokens >= self._next and state.global_step < state.max_steps:
+            self.measure()
+            self._next = (tokens // every + 1) * every
 
 
 class MetricsInBar(ProgressCallback):
