@@ -295,11 +295,6 @@ class AttnRLConfig(MethodConfig):
                 f"steps_per_generation={self.steps_per_generation}: an update would mix generation batches. Set it to "
                 f"at most {self.steps_per_generation}, or raise generation_batch_size."
             )
-        if self.use_vllm and self.vllm_mode != "colocate":
-            raise ValueError(
-                f"vllm_mode={self.vllm_mode!r} takes no length limit per request, which branching needs; set it to "
-                "'colocate', or set use_vllm=False."
-            )
         if self.use_transformers_continuous_batching:
             raise ValueError(
                 "use_transformers_continuous_batching=True takes no length limit per request, which branching needs; "

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
 from .checkpoints import check_save_interval, steps_between_generations
+from .options import check_choices, check_least
 from .report import Report
 
 
@@ -24,11 +25,30 @@ class MethodConfig(GRPOConfig):
             Text that ends the thinking part.
         accuracy_reward (`str`, *optional*):
             Name of the reward function that says whether a response is correct. Default: the first.
+
+        > Parameters that control a vLLM server (`vllm_mode="server"`)
+
+        weight_sync (`str`, *optional*, defaults to `"auto"`):
+            How weights reach the server: `"nccl"` (TRL's path, on GPUs), `"disk"` (files in a folder that both see),
+            or `"auto"`: NCCL on a GPU, files elsewhere.
+        weight_sync_dir (`str`, *optional*):
+            Folder for `weight_sync="disk"`, of this run alone. Default: `server_weights` in `output_dir`.
+        vllm_server_request_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that one sampling request may take; a server that is slower counts as failed.
     """
 
     end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
     accuracy_reward: str | None = field(
         default=None, metadata={"help": "Name of the reward function that is the correctness. Default: the first."}
+    )
+    weight_sync: str = field(
+        default="auto", metadata={"help": "How weights reach a vLLM server: 'auto', 'nccl' or 'disk'."}
+    )
+    weight_sync_dir: str | None = field(
+        default=None, metadata={"help": "Folder that trainer and server see. Default: in output_dir."}
+    )
+    vllm_server_request_timeout: float = field(
+        default=1800.0, metadata={"help": "Seconds that one request to a vLLM server may take."}
     )
 
     def __post_init__(self):
@@ -38,6 +58,24 @@ class MethodConfig(GRPOConfig):
                 f"end_of_thinking={self.end_of_thinking!r} is empty; set it to the text that ends thinking."
             )
         self.check_saves()
+        self._check_server()
+
+    def _check_server(self) -> None:
+        check_choices(self, {"weight_sync": ("auto", "nccl", "disk")})
+        check_least(self, {"vllm_server_request_timeout": 1.0})
+        if self.use_vllm and self.vllm_mode == "server" and self.vllm_enable_sleep_mode:
+            raise ValueError(
+                "vllm_enable_sleep_mode=True is for an engine in the trainer's own process; set it to False with "
+                "vllm_mode='server'."
+            )
+
+    def weight_sync_path(self, device: str) -> str:
+        """`nccl` or `disk`, for a trainer on a type of device."""
+        if self.weight_sync == "nccl" and device != "cuda":
+            raise ValueError(f"weight_sync='nccl' needs a CUDA device, and this is {device!r}; set it to 'disk'.")
+        if self.weight_sync == "auto":
+            return "nccl" if device == "cuda" else "disk"
+        return self.weight_sync
 
     @property
     def updates_per_batch(self) -> int:
