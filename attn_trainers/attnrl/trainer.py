@@ -32,6 +32,7 @@ from .collection import CollectionMixin
 from .config import AttnRLConfig
 from .exploration import BranchPoints, choose_branch_points, choose_expanded, filter_easy_prompts
 from .loss import LossMixin
+from .overlap import OverlapMixin
 from .packed import PackingMixin
 from .pipeline import Pipeline
 from .rollouts import PromptRollouts
@@ -53,7 +54,7 @@ from .weights import part_weights
 logger = logging.getLogger(__name__)
 
 
-class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
+class AttnRLTrainer(OverlapMixin, CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
@@ -156,12 +157,20 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
             draws = pipeline.draw_batch()
         else:
             pipeline.in_flight = None
-        ahead = self._sample(plan, draws)
-        self._ahead = ahead if draws else None
+        if draws and self.overlaps_sampling:
+            self._sample_beside_training(plan, draws)
+        else:
+            ahead = self._sample(plan, draws)
+            self._ahead = ahead if draws else None
         updates = self._training_micro_batches(self._gather_prompts(prompts), num_drawn)
+        if not updates:
+            self._land_ahead()
         self.log_values({f"seconds/{name}": value for name, value in self._seconds.items()}, self.metric_prefix)
         self._seconds.clear()
         return updates
+
+    def _before_weights_change(self) -> None:
+        self._land_ahead()
 
     def _may_end(self, prompts: Sequence[PromptRollouts], plan: Sequence) -> bool:
         """Whether the run may end with this batch, which then samples nothing ahead."""
@@ -418,7 +427,7 @@ class AttnRLTrainer(CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, Base
 
     def load_method_state(self, state: dict) -> None:
         self.pipeline.load_state_dict(state, self.ranks.is_first)
-        self._ahead = None
+        self._ahead = self._flying = None
         self._updates.clear()
         if self.credit is not None and "credit" in state:
             self.credit.load_state_dict(state["credit"])

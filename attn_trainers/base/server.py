@@ -23,7 +23,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..sampling.requests import GeneratedTokens, GenerationRequest
-from ..sampling.server import ServerError, ServerFault, TokenGate, VLLMServer, probe_tokens
+from ..sampling.server import Sampling, ServerError, ServerFault, TokenGate, VLLMServer, probe_tokens
 from .interruption import last_whole_checkpoint
 from .weight_files import remove_weights, write_weights
 
@@ -78,7 +78,12 @@ class PendingSamples:
     def __init__(self, requests: Sequence[GenerationRequest], own: slice):
         self.requests, self.own = requests, own
         self.version: str | None = None  # of the weights they were sent for
-        self.wait: Callable[[], list[GeneratedTokens]] | None = None  # on the first rank
+        self.sampling: Sampling | None = None  # on the first rank
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the last answer; on the first rank, after the samples were collected."""
+        return self.sampling.seconds if self.sampling is not None else math.nan
 
 
 class ServerGeneration(VLLMGeneration):
@@ -319,7 +324,7 @@ class ServerGeneration(VLLMGeneration):
         pending.version = self.version
 
         def send() -> None:
-            pending.wait = self.server.submit(pending.requests, self._sampling, pending.version)
+            pending.sampling = self.server.submit(pending.requests, self._sampling, pending.version)
 
         self._on_first(send)
 
@@ -334,7 +339,7 @@ class ServerGeneration(VLLMGeneration):
             self._send(pending)
 
         def wait() -> list[GeneratedTokens]:
-            samples = pending.wait()
+            samples = pending.sampling.wait()
             difference = self._difference()
             if difference is not None:
                 raise ServerFault(f"the vLLM server at {self.server.url} changed while it sampled: {difference}.")

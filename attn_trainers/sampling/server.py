@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -199,7 +199,8 @@ class VLLMServer:
             ServerFault: if the server still holds some, for a request that it works on.
         """
         for pause in [PAUSE * 2**i for i in range(TRIES)]:
-            if self._development("POST", "/reset_prefix_cache").get("success", True):
+            params = {"reset_running_requests": "true"}  # whose samples nobody trusts
+            if self._development("POST", "/reset_prefix_cache", params=params).get("success", True):
                 return
             time.sleep(pause)
         raise ServerFault(
@@ -217,8 +218,8 @@ class VLLMServer:
 
     def submit(
         self, batch: Sequence[GenerationRequest], settings: Mapping[str, object], version: str | None
-    ) -> Callable[[], list[GeneratedTokens]]:
-        """Send requests, 64 at a time; returns what waits for their samples, in the order of the requests.
+    ) -> "Sampling":
+        """Send requests, 64 at a time.
 
         Args:
             batch: what is to be sampled.
@@ -229,7 +230,7 @@ class VLLMServer:
             self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm-server")
         groups = group_requests(batch)
         futures = [self._pool.submit(self._sample, [batch[i] for i in group], settings, version) for group in groups]
-        return lambda: _in_order(groups, futures, len(batch))
+        return Sampling(groups, futures)
 
     def _sample(
         self, group: Sequence[GenerationRequest], settings: Mapping, version: str | None
@@ -277,14 +278,40 @@ def _number(logp: float | None) -> float:
     return math.nan if logp is None else float(logp)
 
 
-def _in_order(groups: Sequence[Sequence[int]], futures: Sequence[Future], count: int) -> list[GeneratedTokens]:
-    results: list[GeneratedTokens | None] = [None] * count
-    try:
-        for group, future in zip(groups, futures, strict=True):
-            for index, sample in zip(group, future.result(), strict=True):
-                results[index] = sample
-    except ServerError:
+class Sampling:
+    """Samples on their way.
+
+    Args:
+        groups: indices of the requests of each POST.
+        futures: of each POST, the samples of its group.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], futures: Sequence[Future]):
+        self._groups, self._futures = groups, futures
+        self._start = self._end = time.monotonic()
         for future in futures:
-            future.cancel()
-        raise
-    return results
+            future.add_done_callback(self._note)
+
+    def _note(self, _: Future) -> None:
+        self._end = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the latest answer."""
+        return self._end - self._start
+
+    def wait(self) -> list[GeneratedTokens]:
+        """The samples, in the order of the requests.
+
+        Raises:
+            ServerError: if one of them failed; the others are not waited for.
+        """
+        results: dict[int, GeneratedTokens] = {}
+        try:
+            for group, future in zip(self._groups, self._futures, strict=True):
+                results |= zip(group, future.result(), strict=True)
+        except ServerError:
+            for future in self._futures:
+                future.cancel()
+            raise
+        return [results[index] for index in range(len(results))]
