@@ -88,7 +88,9 @@ class FakeServer:
         if max(prompt) >= self.vocab_size:
             return 400, {"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}
         if "prompt_logprobs" in body:
-            listed = [None] + [{str(t): {"logprob": logp}} for t, logp in zip(prompt[1:], self.logps(prompt), strict=True)]
+            listed = [None] + [
+                {str(t): {"logprob": logp}} for t, logp in zip(prompt[1:], self.logps(prompt), strict=True)
+            ]
             return 200, {"choices": [{"index": 0, "prompt_logprobs": listed, "finish_reason": "length"}]}
         choices = []
         for index in range(body["n"]):

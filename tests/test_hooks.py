@@ -221,3 +221,39 @@ def test_the_fused_head_gives_log_probs_and_entropies():
     source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
     assert "labels=labels, fused_lm_head=True" in source
     assert "outputs.log_probs" in source and "outputs.entropy" in source
+
+
+def test_the_server_side_of_trls_generation_is_what_its_subclass_takes_it_for():
+    assert list(inspect.signature(VLLMGeneration._init_vllm).parameters) == ["self"]
+    assert list(inspect.signature(VLLMGeneration.generate).parameters) == [
+        "self",
+        "prompts",
+        "images",
+        "num_generations",
+        "profiler",
+    ]
+    source = inspect.getsource(VLLMGeneration.__init__)
+    assert source.rstrip().endswith("self._init_vllm()")
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "_, completion_ids, logprobs, _ = self.vllm_generation.generate(" in source
+    # The trainer's constructor connects where use_vllm is set, and needs it for nothing else but a check of vespo.
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert source.count("if self.use_vllm:") == 1 and source.count("self.use_vllm") == 3
+
+
+def test_trls_client_checks_the_server_before_it_asks_for_anything():
+    from trl.generation.vllm_client import VLLMClient
+
+    assert list(inspect.signature(VLLMClient.check_server).parameters) == ["self", "total_timeout", "retry_interval"]
+    source = inspect.getsource(VLLMClient.__init__)
+    assert source.index("self.session = ") < source.index("self.check_server(") < source.index("self._get(")
+    assert "self.communicator" in inspect.getsource(VLLMClient.close_communicator)
+
+
+def test_the_servers_endpoints_are_where_they_are_called():
+    from vllm.entrypoints.serve.dev.cache import api_router as cache
+    from vllm.entrypoints.serve.dev.rlhf import api_router as weights
+    from vllm.entrypoints.serve.dev.rpc import api_router as rpc
+
+    routes = {route.path for module in (cache, weights, rpc) for route in module.router.routes}
+    assert {"/reset_prefix_cache", "/weight_info", "/update_weight_version", "/collective_rpc"} <= routes

@@ -132,7 +132,7 @@ class ServerGeneration(VLLMGeneration):
         mode = config["model_config"].get("logprobs_mode")
         if mode != "processed_logprobs":
             logger.warning(
-                "The vLLM server at %s has --logprobs-mode %s; it must be processed_logprobs.", url_of(self), mode
+                "The vLLM server at %s has --logprobs-mode %s; it must be processed_logprobs.", self.server.url, mode
             )
         if self.settings.weight_sync == "nccl":
             self._open_communicator(config)
@@ -141,7 +141,8 @@ class ServerGeneration(VLLMGeneration):
         """Join the server's workers by NCCL, anew after a restart."""
         if config["weight_transfer_config"] is None:
             raise ServerError(
-                f"the vLLM server at {self.server.url} takes no weights by NCCL; start it with --weight-transfer-config "
+                f"the vLLM server at {self.server.url} takes no weights by NCCL; start it with "
+                "--weight-transfer-config "
                 """'{"backend": "nccl"}', or set weight_sync='disk'."""
             )
         if self.vllm_client is not None:
@@ -235,7 +236,7 @@ class ServerGeneration(VLLMGeneration):
         self._on_first(load)
 
     def _weights_for_files(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by vLLM's names, with a tied output head in its own right where vLLM keeps a packed copy of it."""
+        """The weights by vLLM's names, with a tied output head of its own where vLLM packs a copy of it."""
         tied = getattr(self.model.config, "tie_word_embeddings", False) and getattr(self, "_is_on_cpu", False)
         for name, tensor in self._iter_named_params():
             yield name, tensor
@@ -276,9 +277,9 @@ class ServerGeneration(VLLMGeneration):
             half = torch.finfo(torch.bfloat16).eps if self.accelerator.mixed_precision != "no" else 0.0
             if not mean <= max(4 * self._rounding, 64 * half):
                 raise ServerError(
-                    f"the vLLM server at {self.server.url} gives log-probs that are off by {mean:.2g} from the trainer's "
-                    "after equal weights were pushed: it serves another model or vocabulary, or cannot take all of its "
-                    "weights; start it with the model that is trained."
+                    f"the vLLM server at {self.server.url} gives log-probs that are off by {mean:.2g} from the "
+                    "trainer's after equal weights were pushed: it serves another model or vocabulary, or cannot take "
+                    "all of its weights; start it with the model that is trained."
                 )
 
         self._on_first(compare)
@@ -316,7 +317,7 @@ class ServerGeneration(VLLMGeneration):
             if difference is not None:
                 if self.accelerator.is_main_process:
                     logger.warning(
-                        "The vLLM server at %s is not as left: %s. It is pushed again.", url_of(self), difference
+                        "The vLLM server at %s is not as left: %s. It is pushed again.", self.server.url, difference
                     )
                 self.version = None
         if self.version is None:
@@ -329,7 +330,7 @@ class ServerGeneration(VLLMGeneration):
         self._on_first(send)
 
     def collect(self, pending: PendingSamples) -> list[GeneratedTokens]:
-        """Wait for this rank's samples. Until then the trainer's weights must stay as they were when they were sent."""
+        """Wait for this rank's samples; until then the trainer's weights must stay as when they were sent."""
         return self._persist(lambda: self._receive(pending))[pending.own]
 
     def _receive(self, pending: PendingSamples) -> list[GeneratedTokens]:
@@ -355,7 +356,3 @@ class ServerGeneration(VLLMGeneration):
             samples = self.collect(self.submit(requests))
         logps = [[[None if math.isnan(logp) else logp] for logp in sample.logps] for sample in samples]
         return prompts, [s.token_ids for s in samples], logps, [[[token] for token in s.token_ids] for s in samples]
-
-
-def url_of(engine: ServerGeneration) -> str:
-    return engine.server.url

@@ -115,7 +115,8 @@ class VLLMServer:
             )
         if answer.status_code in (401, 403):
             raise ServerError(
-                f"the vLLM server at {self.url} refused {path} ({answer.status_code}); set VLLM_API_KEY to its --api-key."
+                f"the vLLM server at {self.url} refused {path} ({answer.status_code}); set VLLM_API_KEY to its "
+                "--api-key."
             )
         if answer.status_code != 200:
             raise ServerError(
