@@ -57,7 +57,7 @@ ATTRIBUTES = {
     "_entropy_bonus_enabled",
     "_last_world_entropy",
 }
-OTHER = {"_get_per_token_logps_and_entropies", "_run_epoch", "_maybe_log_save_evaluate"}
+OTHER = {"_iter_named_params", "_get_per_token_logps_and_entropies", "_run_epoch", "_maybe_log_save_evaluate"}
 # Modules that hold trainers or parts of them.
 TRAINERS = ["base/*.py", "attnrl/*.py", "attnpo/trainer.py", "rhythm/trainer.py"]
 

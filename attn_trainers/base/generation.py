@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
     """Push the trainer's weights to vLLM.
 
-    On a GPU this is TRL's own sync, and a server has its own (`ServerGeneration`). In this process vLLM's CPU backend
-    packs the weights of its linear layers and drops the originals, so that weights cannot be written into it one by one: there the layers are loaded anew and
-    packed again.
+    On a GPU this is TRL's own sync, and a server has its own (`ServerGeneration`). vLLM's CPU backend packs the
+    weights of its linear layers and drops the originals, so that weights cannot be written into it one by one: there
+    the layers are loaded anew and packed again.
     """
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
     if vllm_generation.mode != "colocate" or not on_cpu:

@@ -1,4 +1,4 @@
-"""A real vLLM server on loopback: two ranks equal one, runs go on from checkpoints, and killed servers from nothing."""
+"""A real vLLM server on loopback: two ranks equal one, runs resume, and a killed server is got over."""
 
 import threading
 
