@@ -18,9 +18,13 @@ import torch
 from datasets import Dataset
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from attn_trainers.rewards.math import accuracy_reward
 from attn_trainers.sampling.models import load_tokenizer
 from attn_trainers.tables import markdown_table
+
+
+def odd_sum(completions, completion_ids, **kwargs) -> list[float]:
+    """Right and wrong in about equal shares, so that every batch has rows whatever the model can."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 class TimedTrainer(AttnRLTrainer):
@@ -40,7 +44,12 @@ def measure(options: argparse.Namespace, overlaps: bool) -> dict[str, float]:
     lines = Path(options.data).read_text().splitlines()[:64]
     examples = [json.loads(line) for line in lines]
     data = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": e["problem"]}], "solution": e["answer"]} for e in examples]
+        [
+            {
+                "prompt": [{"role": "user", "content": e["problem"]}],
+            }
+            for e in examples
+        ]
     )
     with tempfile.TemporaryDirectory() as folder:
         args = AttnRLConfig(
@@ -69,7 +78,7 @@ def measure(options: argparse.Namespace, overlaps: bool) -> dict[str, float]:
         )
         trainer = TimedTrainer(
             options.model,
-            accuracy_reward,
+            odd_sum,
             args,
             train_dataset=data,
             processing_class=load_tokenizer(options.model),
