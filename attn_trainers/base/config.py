@@ -63,7 +63,16 @@ class MethodConfig(GRPOConfig):
     def _check_server(self) -> None:
         check_choices(self, {"weight_sync": ("auto", "nccl", "disk")})
         check_least(self, {"vllm_server_request_timeout": 1.0})
-        if self.use_vllm and self.vllm_mode == "server" and self.vllm_enable_sleep_mode:
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            return
+        by_token = self.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
+        if self.loss_type == "vespo" and self.vllm_importance_sampling_correction and not by_token:
+            # TRL's trainer checks it too, but where it connects to vLLM itself.
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} does not go with "
+                "loss_type='vespo'; set it to 'token_truncate' or 'token_mask'."
+            )
+        if self.vllm_enable_sleep_mode:
             raise ValueError(
                 "vllm_enable_sleep_mode=True is for an engine in the trainer's own process; set it to False with "
                 "vllm_mode='server'."

@@ -7,12 +7,14 @@ are seen by a probe: the log-probs of a fixed sequence, which hang on all weight
 
 import math
 import os
+import queue
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -73,6 +75,30 @@ class TokenGate:
                 self._changed.notify_all()
 
 
+class Workers:
+    """Threads that end with the process, which must not wait for a server that hangs."""
+
+    def __init__(self, count: int):
+        self._tasks: queue.SimpleQueue[tuple[Future, Callable]] = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=self._work, name="vllm-server", daemon=True).start()
+
+    def submit(self, act: Callable[[], object]) -> Future:
+        future = Future()
+        self._tasks.put((future, act))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, act = self._tasks.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(act())
+            except BaseException as error:
+                future.set_exception(error)
+
+
 class VLLMServer:
     """
     Client of one vLLM server. Nothing that comes from it is run or unpickled: it is read as JSON and checked.
@@ -96,7 +122,7 @@ class VLLMServer:
             self.session.headers["Authorization"] = f"Bearer {api_key}"
         self.model: str | None = None
         self.gate = TokenGate(None)
-        self._pool: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
 
     # ---- plumbing ---------------------------------------------------------------------------------------------------
 
@@ -227,10 +253,13 @@ class VLLMServer:
             settings: fields of the request body that all share.
             version: of the weights, which the samples are to carry.
         """
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="vllm-server")
+        if self._workers is None:
+            self._workers = Workers(CONNECTIONS)
         groups = group_requests(batch)
-        futures = [self._pool.submit(self._sample, [batch[i] for i in group], settings, version) for group in groups]
+        futures = [
+            self._workers.submit(partial(self._sample, [batch[i] for i in group], settings, version))
+            for group in groups
+        ]
         return Sampling(groups, futures)
 
     def _sample(
@@ -267,12 +296,6 @@ class VLLMServer:
         if logprobs["tokens"] != [f"token_id:{token}" for token in tokens]:
             raise ServerError(f"the vLLM server at {self.url} gave log-probs of other tokens than it sampled.")
         return GeneratedTokens(tokens, [_number(logp) for logp in logprobs["token_logprobs"]], version)
-
-    def close(self) -> None:
-        """Drop what waits to be sent."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
 
 
 def _number(logp: float | None) -> float:

@@ -1,6 +1,8 @@
 """The client of a vLLM server, against a small server of the tests."""
 
 import math
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +12,7 @@ from attn_trainers.sampling import server as module
 from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.sampling.server import ServerError, ServerFault, TokenGate, VLLMServer, group_requests
 from tests.fake_server import FakeServer
+from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +31,7 @@ def fake():
 def client(fake):
     client = VLLMServer(fake.url, start_seconds=1.0, request_seconds=5.0)
     client.connect()
-    yield client
-    client.close()
+    return client
 
 
 SETTINGS = {"temperature": 0.9, "logprobs": 0}
@@ -169,3 +171,21 @@ def test_a_gate_holds_back_what_exceeds_its_room():
     with gate.passed(50):  # alone, whatever its size
         order.append("large")
     assert order == ["first", "second", "large"]
+
+
+def test_a_server_that_hangs_does_not_hold_the_process(fake):
+    """A process that gives up while a request is out ends before there is an answer."""
+    release = threading.Event()
+    fake.fails = lambda path, number: 500 if path == "/v1/completions" and not release.wait(300) else None
+    script = (
+        "from attn_trainers.sampling.server import VLLMServer\n"
+        "from attn_trainers.sampling.requests import GenerationRequest\n"
+        f"client = VLLMServer({fake.url!r}, 5.0, 600.0)\n"
+        "client.connect()\n"
+        "client.submit([GenerationRequest([1], 3)], {}, None)\n"
+        "print('given up', flush=True)"
+    )
+    # It would wait for the answer, which comes after it has ended.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0 and done.stdout == "given up\n", done.stderr[-2000:]
+    release.set()
