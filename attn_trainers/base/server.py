@@ -103,7 +103,6 @@ class ServerGeneration(VLLMGeneration):
         self.vllm_client: VLLMClient | None = None  # on the first rank, where weights go by NCCL
         self.version: str | None = None  # of the weights that the server holds; None: to be pushed
         self.pushes = 0
-        self._run = uuid.uuid4().hex[:12]
         self._probe = probe_tokens(settings.vocab_size)
         self._probed: list[float] = []
         self._is_checked = False
@@ -112,6 +111,7 @@ class ServerGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         with self._telling():
             self._on_first(self._connect)
+        self._run = self._on_first(lambda: uuid.uuid4().hex[:12])  # no other run pushes a version of this name
         self.accelerator.wait_for_everyone()
 
     # ---- the server -------------------------------------------------------------------------------------------------
@@ -263,6 +263,13 @@ class ServerGeneration(VLLMGeneration):
         """How far apart log-probs may be for the dtype's rounding alone: 16 units in the last place of 1."""
         return max(1e-3, 16 * torch.finfo(self._dtype).eps)
 
+    @property
+    def _trainer_eps(self) -> float:
+        """Rounding of the trainer's own forward."""
+        computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        dtypes = [next(self.model.parameters()).dtype, computed or torch.float32]
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
     def _check_against_trainer(self) -> None:
         """Compare the server's log-probs with the trainer's, once, after the first push.
 
@@ -274,8 +281,7 @@ class ServerGeneration(VLLMGeneration):
         def compare() -> None:
             apart = [abs(a - b) for a, b in zip(expected, self._probed, strict=True)]
             mean = math.fsum(apart) / len(apart)
-            half = torch.finfo(torch.bfloat16).eps if self.accelerator.mixed_precision != "no" else 0.0
-            if not mean <= max(4 * self._rounding, 64 * half):
+            if not mean <= 4 * max(self._rounding, 16 * self._trainer_eps):
                 raise ServerError(
                     f"the vLLM server at {self.server.url} gives log-probs that are off by {mean:.2g} from the "
                     "trainer's after equal weights were pushed: it serves another model or vocabulary, or cannot take "

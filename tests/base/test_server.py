@@ -1,5 +1,7 @@
 """Pushes, versions and faults of sampling from a server, against a small server of the tests."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +54,7 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def make_engine(fake, tmp_path):
-    def make(vocab_size=VOCABULARY, trainer_logps=None, model=None, url=fake.url):
+    def make(vocab_size=VOCABULARY, trainer_logps=None, model=None, url=fake.url, accelerator=None):
         model = model or Model()
         settings = ServerSettings(
             weight_sync="disk",
@@ -65,7 +67,7 @@ def make_engine(fake, tmp_path):
         return ServerGeneration(
             settings,
             model=model,
-            accelerator=Accelerator(cpu=True),
+            accelerator=accelerator or Accelerator(cpu=True),
             processing_class=None,
             server_base_url=url,
             server_timeout=1.0,
@@ -277,3 +279,82 @@ def test_trls_own_call_draws_groups_together(make_engine, fake):
     assert sorted((body["prompt"][0], body["n"], body["max_tokens"]) for body in bodies) == [(1, 3, 16), (2, 3, 16)]
     assert returned == prompts and [len(t) for t in tokens] == [16] * 6
     assert logps[0][0] == [None] and ids[0] == [[token] for token in tokens[0]]
+
+
+class TwoRanks:
+    """Two ranks as threads of one process: what they gather and broadcast goes through a barrier."""
+
+    def __init__(self, monkeypatch):
+        self._here, self._barrier = threading.local(), threading.Barrier(2, timeout=30)
+        self._slots = [None, None]
+        monkeypatch.setattr(module, "gather_object", self.gather)
+        monkeypatch.setattr(module, "broadcast_object_list", self.broadcast)
+
+    def _exchange(self, value):
+        self._slots[self._here.rank] = value
+        self._barrier.wait()
+        values = list(self._slots)
+        self._barrier.wait()
+        return values
+
+    def gather(self, values):
+        return [item for part in self._exchange(values) for item in part]
+
+    def broadcast(self, values, from_process):
+        values[:] = self._exchange(list(values))[from_process]
+
+    def run(self, act):
+        """What `act(accelerator, rank)` gives on each rank, or raises there."""
+
+        def on_rank(rank):
+            self._here.rank = rank
+            accelerator = Rank(Accelerator(cpu=True), rank)
+            try:
+                return act(accelerator, rank)
+            except ServerError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(on_rank, range(2)))
+
+
+class Rank:
+    """An accelerator that says it is one of two."""
+
+    def __init__(self, accelerator, rank):
+        self._accelerator = accelerator
+        self.process_index, self.num_processes, self.is_main_process = rank, 2, rank == 0
+
+    def __getattr__(self, name):
+        return getattr(self._accelerator, name)
+
+
+@pytest.mark.parametrize("change", [None, restart])
+def test_each_of_two_ranks_gets_its_own_samples_of_one_server(make_engine, fake, monkeypatch, change):
+    parts = [REQUESTS[:4], REQUESTS[4:]]
+
+    def act(accelerator, rank):
+        engine = make_engine(accelerator=accelerator)
+        engine.collect(engine.submit([]))  # nobody has a request
+        first = engine.collect(engine.submit(parts[rank]))
+        if change and rank == 0:
+            change(fake)
+        nothing_on_one = engine.collect(engine.submit(parts[rank] if rank else []))
+        return tokens_of(first), tokens_of(nothing_on_one), engine.version, engine.pushes
+
+    (first, first_none, *state), (second, second_again, *other) = TwoRanks(monkeypatch).run(act)
+    assert first + second == expected(fake, 7.0)
+    assert first_none == [] and second_again == second
+    assert state == other and state[1] == (2 if change else 1)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/collective_rpc", "/health"])
+def test_two_ranks_end_with_the_same_error(make_engine, fake, monkeypatch, path):
+    fake.fails = lambda asked, number: 500 if asked == path else None
+
+    def act(accelerator, rank):
+        engine = make_engine(accelerator=accelerator)
+        return engine.collect(engine.submit(REQUESTS))
+
+    first, second = TwoRanks(monkeypatch).run(act)
+    assert isinstance(first, ServerError) and str(first) == str(second) and fake.url in str(first)
