@@ -159,6 +159,11 @@ class GenerationMixin:
             logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1]  # (T - 1, V)
         return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
 
+    def train(self, *args, **kwargs):
+        # The step alone does not tell: a run that is taken up, or a second one, has other weights at the same step.
+        self._last_loaded_step = -1
+        return super().train(*args, **kwargs)
+
     def _sync_vllm_if_stale(self) -> None:
         """Push the weights if they changed since the last push, or if vLLM's sleep discarded them."""
         engine = self.vllm_generation
