@@ -193,7 +193,9 @@ class VLLMServer:
         if not models:
             raise ServerError(f"the vLLM server at {self.url} serves no model.")
         self.model = models[0]["id"]
-        return self._development("GET", "/server_info", params={"config_format": "json"})["vllm_config"]
+        # The first time it looks at its whole environment.
+        info = self._development("GET", "/server_info", seconds=4 * CONTROL_SECONDS, params={"config_format": "json"})
+        return info["vllm_config"]
 
     def _development(self, method: str, path: str, **kwargs) -> dict:
         try:
