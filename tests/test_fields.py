@@ -129,10 +129,6 @@ REFUSED = {
 WITHOUT_EFFECT = {
     "AttnRL": {
         **dict.fromkeys(
-            ["vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"],
-            "vllm_mode='server' is refused by name",
-        ),
-        **dict.fromkeys(
             ["vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"], "loss_type='vespo' is refused"
         ),
         "transformers_continuous_batching_config": "use_transformers_continuous_batching is refused",

@@ -58,7 +58,7 @@ ATTRIBUTES = {
     "_entropy_bonus_enabled",
     "_last_world_entropy",
 }
-OTHER = {"_get_per_token_logps_and_entropies", "_run_epoch", "_maybe_log_save_evaluate"}
+OTHER = {"_iter_named_params", "_get_per_token_logps_and_entropies", "_run_epoch", "_maybe_log_save_evaluate"}
 # Modules that hold trainers or parts of them.
 TRAINERS = ["base/*.py", "attnrl/*.py", "attnpo/trainer.py", "rhythm/trainer.py"]
 
@@ -255,3 +255,39 @@ def test_a_mixture_of_experts_that_has_a_kernel_takes_new_weights_for_packed_one
 
     source = inspect.getsource(UnquantizedFusedMoEMethod._setup_kernel)
     assert "is_weight_update = self.moe_kernel is not None" in source and "if not is_weight_update:" in source
+
+
+def test_the_server_side_of_trls_generation_is_what_its_subclass_takes_it_for():
+    assert list(inspect.signature(VLLMGeneration._init_vllm).parameters) == ["self"]
+    assert list(inspect.signature(VLLMGeneration.generate).parameters) == [
+        "self",
+        "prompts",
+        "images",
+        "num_generations",
+        "profiler",
+    ]
+    source = inspect.getsource(VLLMGeneration.__init__)
+    assert source.rstrip().endswith("self._init_vllm()")
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "_, completion_ids, logprobs, _ = self.vllm_generation.generate(" in source
+    # The trainer's constructor connects where use_vllm is set, and needs it for nothing else but a check of vespo.
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert source.count("if self.use_vllm:") == 1 and source.count("self.use_vllm") == 3
+
+
+def test_trls_client_checks_the_server_before_it_asks_for_anything():
+    from trl.generation.vllm_client import VLLMClient
+
+    assert list(inspect.signature(VLLMClient.check_server).parameters) == ["self", "total_timeout", "retry_interval"]
+    source = inspect.getsource(VLLMClient.__init__)
+    assert source.index("self.session = ") < source.index("self.check_server(") < source.index("self._get(")
+    assert "self.communicator" in inspect.getsource(VLLMClient.close_communicator)
+
+
+def test_the_servers_endpoints_are_where_they_are_called():
+    from vllm.entrypoints.serve.dev.cache import api_router as cache
+    from vllm.entrypoints.serve.dev.rlhf import api_router as weights
+    from vllm.entrypoints.serve.dev.rpc import api_router as rpc
+
+    routes = {route.path for module in (cache, weights, rpc) for route in module.router.routes}
+    assert {"/reset_prefix_cache", "/weight_info", "/update_weight_version", "/collective_rpc"} <= routes

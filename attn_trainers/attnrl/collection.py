@@ -38,24 +38,33 @@ class CollectionMixin:
             The new prompts of this rank.
         """
         new = self._tokenize_draws(draws[self.ranks.index :: self.ranks.count])
-        slots = [(p, i, offset) for p, points in plan for i, offset in self._slots(points)]
+        slots = self._all_slots(plan)
         requests = [*self._continuation_requests(plan), *self._initial_requests(new)]
         with self.timed("generate"):
             sampled = self.generate_requests(requests)
-        completions = [
-            (p, np.concatenate([p.rollouts[i].tokens[:offset], to_tokens(s.token_ids)]))
-            for (p, i, offset), s in zip(slots, sampled, strict=False)
-        ]
-        owners = [p for p in new for _ in range(self.args.num_rollouts)]
-        completions += [(p, to_tokens(s.token_ids)) for p, s in zip(owners, sampled[len(slots) :], strict=True)]
+        first = len(slots)
+        completions = self._whole_continuations(slots, sampled[:first]) + self._whole_rollouts(new, sampled[first:])
         with self.timed("reward"):
             rewards, extras = self._score(completions)
-        first = len(slots)
         self._count(self.pipeline.counters, requests[:first], sampled[:first], rewards[:first])
         self._count(self.pipeline.ahead, requests[first:], sampled[first:], rewards[first:])
-        samples = self._samples(sampled, rewards, extras)
+        samples = self._samples(sampled, rewards, extras, self.pipeline.batches_trained)
         self._attach_continuations(plan, slots, samples[:first])
         return self._attach_rollouts(new, samples[first:], reads=bool(draws))
+
+    def _all_slots(self, plan: BranchPlan) -> list[tuple[PromptRollouts, int, int]]:
+        return [(p, i, offset) for p, points in plan for i, offset in self._slots(points)]
+
+    @staticmethod
+    def _whole_continuations(slots: Sequence, sampled: Sequence[GeneratedTokens]) -> list:
+        return [
+            (p, np.concatenate([p.rollouts[i].tokens[:offset], to_tokens(s.token_ids)]))
+            for (p, i, offset), s in zip(slots, sampled, strict=True)
+        ]
+
+    def _whole_rollouts(self, prompts: Sequence[PromptRollouts], sampled: Sequence[GeneratedTokens]) -> list:
+        owners = [p for p in prompts for _ in range(self.args.num_rollouts)]
+        return [(p, to_tokens(s.token_ids)) for p, s in zip(owners, sampled, strict=True)]
 
     def _attach_continuations(self, plan: BranchPlan, slots: Sequence, samples: Sequence[dict | None]) -> None:
         """Give the expanded rollouts of the plan their continuations, those left out that have no value."""
@@ -137,9 +146,9 @@ class CollectionMixin:
         counters["empty"] += sum(not s.token_ids for s in sampled)
 
     def _samples(
-        self, sampled: Sequence[GeneratedTokens], rewards: Tensor, extras: Sequence[dict]
+        self, sampled: Sequence[GeneratedTokens], rewards: Tensor, extras: Sequence[dict], policy: int
     ) -> list[dict[str, Any] | None]:
-        """Fields of a `Sample` for each that was sampled, rewards (n, F).
+        """Fields of a `Sample` for each that was sampled by a policy, rewards (n, F).
 
         `None` for one that no reward function could score, or that has no token: it has no value, and is left out of
         baselines, accuracies, filter and rows.
@@ -154,7 +163,7 @@ class CollectionMixin:
                 {
                     "tokens": to_tokens(s.token_ids),
                     "sampling_logps": to_array(s.logps),
-                    "policy": self.pipeline.batches_trained,
+                    "policy": policy,
                     "rewards": np.array(row, dtype=np.float32),
                     "reward": total,
                     "extra": extra,

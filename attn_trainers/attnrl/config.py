@@ -97,6 +97,9 @@ class AttnRLConfig(MethodConfig):
         off_policy (`bool`, *optional*, defaults to `True`):
             One generation call per step: continuations of this batch together with the initial rollouts of the next.
             `False` samples both for the same batch, in two calls.
+        overlap_sampling (`bool`, *optional*, defaults to `True`):
+            Whether, with a vLLM server and `off_policy=True`, the initial rollouts of the next batch are sampled while
+            this one is scored and trained, up to its first optimizer step. Samples of a seeded run stay the same.
         pack_trees (`str`, *optional*, defaults to `"auto"`):
             Whether rows that share prefixes are forwarded as one row that holds each shared token once: `"auto"`
             where the model allows it, `"on"` (refused where it does not) or `"off"`.
@@ -159,6 +162,9 @@ class AttnRLConfig(MethodConfig):
     off_policy: bool = field(
         default=True,
         metadata={"help": "Sample this batch's continuations together with the next batch's initial rollouts."},
+    )
+    overlap_sampling: bool = field(
+        default=True, metadata={"help": "With a vLLM server: sample the next batch while this one is trained."}
     )
     pack_trees: str = field(
         default="auto",
@@ -315,11 +321,6 @@ class AttnRLConfig(MethodConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} exceeds "
                 f"steps_per_generation={self.steps_per_generation}: an update would mix generation batches. Set it to "
                 f"at most {self.steps_per_generation}, or raise generation_batch_size."
-            )
-        if self.use_vllm and self.vllm_mode != "colocate":
-            raise ValueError(
-                f"vllm_mode={self.vllm_mode!r} takes no length limit per request, which branching needs; set it to "
-                "'colocate', or set use_vllm=False."
             )
         if self.use_transformers_continuous_batching:
             raise ValueError(

@@ -34,6 +34,7 @@ from .collection import CollectionMixin
 from .config import AttnRLConfig
 from .exploration import BranchPoints, choose_branch_points, choose_expanded, filter_easy_prompts
 from .loss import LossMixin
+from .overlap import OverlapMixin
 from .packed import PackingMixin
 from .pipeline import Pipeline
 from .reports import ReportsMixin
@@ -58,7 +59,7 @@ logger = logging.getLogger(__name__)
 LINE_FIELDS = {"attnrl/influence/mean": "  influence {:.2g}", "attnrl/valid_ratio": "  mixed {:.0%}"}
 
 
-class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
+class AttnRLTrainer(OverlapMixin, ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
@@ -179,12 +180,20 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
             draws = pipeline.draw_batch()
         else:
             pipeline.in_flight = None
-        ahead = self._sample(plan, draws)
-        self._ahead = ahead if draws else None
+        if draws and self.overlaps_sampling:
+            self._sample_beside_training(plan, draws)
+        else:
+            ahead = self._sample(plan, draws)
+            self._ahead = ahead if draws else None
         updates = self._training_micro_batches(self._gather_prompts(prompts), num_drawn)
+        if not updates:
+            self._land_ahead()
         self.log_values({f"seconds/{name}": value for name, value in self._seconds.items()}, self.metric_prefix)
         self._seconds.clear()
         return updates
+
+    def _before_weights_change(self) -> None:
+        self._land_ahead()
 
     def _may_end(self, prompts: Sequence[PromptRollouts], plan: Sequence) -> bool:
         """Whether the run may end with this batch, which then samples nothing ahead."""
@@ -464,7 +473,7 @@ class AttnRLTrainer(ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, Pack
 
     def load_method_state(self, state: dict) -> None:
         self.pipeline.load_state_dict(state, self.ranks.is_first)
-        self._ahead = None
+        self._ahead = self._flying = None
         self._updates.clear()
         if self.credit is not None and "credit" in state:
             self.credit.load_state_dict(state["credit"])

@@ -91,9 +91,20 @@ class UpdatesMixin:
         self._step, self.current_gradient_accumulation_steps = 0, len(micro_batches)
         losses = []
         for index, micro_batch in enumerate(self.progress(micro_batches, "Update")):
+            if self._is_sharded and index == len(micro_batches) - 1:
+                self._before_weights_change()  # DeepSpeed steps in its last backward
             with self._accumulating(model, is_last=index == len(micro_batches) - 1):
                 losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+        if not self._is_sharded:
+            self._before_weights_change()
         return torch.stack(losses).sum()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _before_weights_change(self) -> None:
+        """Called once in each update, while the weights are still those before it."""
 
     @contextmanager
     def _accumulating(self, model, is_last: bool) -> Iterator[None]:

@@ -8,7 +8,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
 
 from .checkpoints import check_save_interval, steps_between_generations
-from .options import check_choices
+from .options import check_choices, check_least
 from .report import Report
 
 
@@ -45,6 +45,16 @@ class MethodConfig(GRPOConfig):
         push_revisions (`bool`, *optional*, defaults to `False`):
             Whether each checkpoint is pushed to a branch of its own, `step-N`, of the model's repository. Needs
             `push_to_hub`. What goes to the main branch is `hub_strategy`'s.
+
+        > Parameters that control a vLLM server (`vllm_mode="server"`)
+
+        weight_sync (`str`, *optional*, defaults to `"auto"`):
+            How weights reach the server: `"nccl"` (TRL's path, on GPUs), `"disk"` (files in a folder that both see),
+            or `"auto"`: NCCL on a GPU, files elsewhere.
+        weight_sync_dir (`str`, *optional*):
+            Folder for `weight_sync="disk"`, of this run alone. Default: `server_weights` in `output_dir`.
+        vllm_server_request_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that one sampling request may take; a server that is slower counts as failed.
     """
 
     end_of_thinking: str = field(default="</think>", metadata={"help": "Text that ends the thinking part."})
@@ -64,6 +74,15 @@ class MethodConfig(GRPOConfig):
             "help": "How a LoRA goes to vLLM: adapter, merged, or auto (as an adapter where vLLM takes it).",
             "choices": list(LORA_SYNCS),
         },
+    )
+    weight_sync: str = field(
+        default="auto", metadata={"help": "How weights reach a vLLM server: 'auto', 'nccl' or 'disk'."}
+    )
+    weight_sync_dir: str | None = field(
+        default=None, metadata={"help": "Folder that trainer and server see. Default: in output_dir."}
+    )
+    vllm_server_request_timeout: float = field(
+        default=1800.0, metadata={"help": "Seconds that one request to a vLLM server may take."}
     )
 
     def __post_init__(self):
@@ -87,6 +106,33 @@ class MethodConfig(GRPOConfig):
             raise ValueError(
                 "push_revisions=True with save_strategy='no' has no checkpoint to push; set save_strategy='steps'."
             )
+        self._check_server()
+
+    def _check_server(self) -> None:
+        check_choices(self, {"weight_sync": ("auto", "nccl", "disk")})
+        check_least(self, {"vllm_server_request_timeout": 1.0})
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            return
+        by_token = self.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
+        if self.loss_type == "vespo" and self.vllm_importance_sampling_correction and not by_token:
+            # TRL's trainer checks it too, but where it connects to vLLM itself.
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} does not go with "
+                "loss_type='vespo'; set it to 'token_truncate' or 'token_mask'."
+            )
+        if self.vllm_enable_sleep_mode:
+            raise ValueError(
+                "vllm_enable_sleep_mode=True is for an engine in the trainer's own process; set it to False with "
+                "vllm_mode='server'."
+            )
+
+    def weight_sync_path(self, device: str) -> str:
+        """`nccl` or `disk`, for a trainer on a type of device."""
+        if self.weight_sync == "nccl" and device != "cuda":
+            raise ValueError(f"weight_sync='nccl' needs a CUDA device, and this is {device!r}; set it to 'disk'.")
+        if self.weight_sync == "auto":
+            return "nccl" if device == "cuda" else "disk"
+        return self.weight_sync
 
     @property
     def updates_per_batch(self) -> int:

@@ -1,4 +1,4 @@
-"""Completions of arbitrary prefixes, each with a length limit of its own, through vLLM colocate or transformers.
+"""Completions of arbitrary prefixes, each with a length limit of its own, through vLLM or transformers.
 
 TRL's `VLLMGeneration.generate` builds one `SamplingParams` for all prompts. Branching needs one per request, since a
 continuation may only use what its prefix left of the completion budget. `GenerationMixin` adds that to a
@@ -8,6 +8,7 @@ continuation may only use what its prefix left of the completion budget. `Genera
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
@@ -22,6 +23,7 @@ from ..sampling.vllm import generate_with_engine, limit_cpu_cache
 from .adapter_sync import adapter_engine, check_tied_ends, push_adapter, takes_adapter
 from .cpu_reload import reload_packed_weights
 from .forwards import without_dropout
+from .server import PendingSamples, ServerGeneration, ServerSettings
 from .sync_check import SyncReadings, engine_logps, probe_tokens, push_error
 
 
@@ -29,7 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
-    """Push the trainer's weights to vLLM: by TRL's own sync but for an engine on a CPU, or one that takes adapters."""
+    """Push the trainer's weights to vLLM.
+
+    On a GPU this is TRL's own sync, but for an engine that takes adapters; a server has its own (`ServerGeneration`).
+    An engine on a CPU loads its layers anew.
+    """
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
     if takes_adapter(vllm_generation):
         push_adapter(vllm_generation)
@@ -72,15 +78,72 @@ def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[Generation
     return outputs[first : first + len(requests)]
 
 
+def check_room(requests: Sequence[GenerationRequest]) -> None:
+    """Refuse a request that leaves no room for a token."""
+    for request in requests:
+        if request.max_tokens < 1:
+            raise ValueError(
+                f"max_tokens={request.max_tokens} leaves nothing to generate; a request needs at least 1."
+            )
+
+
 class GenerationMixin:
     """Generation with per-request limits, for a `GRPOTrainer` subclass (named before it in the bases)."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, model, reward_funcs, args, *more, **kwargs):
         limit_cpu_cache()
-        with adapter_engine(self):
-            super().__init__(*args, **kwargs)
-        if self.use_vllm:
-            check_tied_ends(self.model)
+        if not (args.use_vllm and args.vllm_mode == "server"):
+            with adapter_engine(self):
+                super().__init__(model, reward_funcs, args, *more, **kwargs)
+            if self.use_vllm:
+                check_tied_ends(self.model)
+            return
+        # TRL would connect in its constructor, to which its client is fixed and which needs a CUDA device.
+        args.use_vllm = False
+        try:
+            super().__init__(model, reward_funcs, args, *more, **kwargs)
+        finally:
+            args.use_vllm = True
+        self.use_vllm = True
+        self.vllm_generation = self._server_generation()
+        self._last_loaded_step = -1
+
+    def _server_generation(self) -> ServerGeneration:
+        """What TRL's constructor would make, with the settings that it does not know."""
+        args = self.args
+        settings = ServerSettings(
+            weight_sync=args.weight_sync_path(self.accelerator.device.type),
+            folder=Path(args.weight_sync_dir or Path(args.output_dir) / "server_weights"),
+            request_seconds=args.vllm_server_request_timeout,
+            output_dir=args.output_dir,
+            vocab_size=self.model.config.get_text_config().vocab_size,
+            trainer_logps=self._sequence_logps,
+        )
+        return ServerGeneration(
+            settings,
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            max_completion_length=self.max_completion_length,
+            logprobs=0,
+            generation_kwargs=args.generation_kwargs,
+        )
+
+    def train(self, *args, **kwargs):
+        # The step alone does not tell: a run that is taken up, or a second one, has other weights at the same step.
+        self._last_loaded_step = -1
+        return super().train(*args, **kwargs)
 
     def _sync_vllm_if_stale(self) -> None:
         """Push the weights if they changed since the last push, or if vLLM's sleep discarded them.
@@ -151,7 +214,7 @@ class GenerationMixin:
 
     @contextmanager
     def _vllm_awake(self) -> Iterator[VLLMGeneration]:
-        """One wake/sleep bracket with current weights around everything generated in it."""
+        """One wake/sleep bracket with current weights around everything generated in it; a server never sleeps."""
         engine = self.vllm_generation
         self._sync_vllm_if_stale()
         if engine.enable_sleep_mode:
@@ -169,15 +232,27 @@ class GenerationMixin:
         Raises:
             ValueError: if a request leaves no room for a token.
         """
-        for request in requests:
-            if request.max_tokens < 1:
-                raise ValueError(
-                    f"max_tokens={request.max_tokens} leaves nothing to generate; a request needs at least 1."
-                )
+        check_room(requests)
         if self.use_vllm:
             with self._vllm_awake() as engine, profiling_context(self, "vLLM.generate"):
+                if engine.mode == "server":
+                    return engine.collect(engine.submit(requests))
                 return vllm_generate(engine, requests)
         return self._transformers_generate(requests)
+
+    def submit_requests(self, requests: Sequence[GenerationRequest]) -> PendingSamples:
+        """Have a server sample this rank's requests with the weights of now, while the trainer goes on.
+
+        Every rank must call it, and later `collect_requests`, before the weights change.
+        """
+        check_room(requests)
+        self._sync_vllm_if_stale()
+        return self.vllm_generation.submit(requests)
+
+    def collect_requests(self, pending: PendingSamples) -> list[GeneratedTokens]:
+        """The samples of `submit_requests`, in its order."""
+        with profiling_context(self, "vLLM.generate"):
+            return self.vllm_generation.collect(pending)
 
     def _transformers_generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
         """Sample with `model.generate`, in chunks of like prompt length, as many chunks on every rank."""

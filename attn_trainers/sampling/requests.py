@@ -5,7 +5,7 @@ They know no backend: `attn_trainers.sampling.vllm` and `attn_trainers.sampling.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class GeneratedTokens:
         token_ids: sampled tokens, EOS included where it was sampled.
         logps: the sampler's log-probability of each sampled token, NaN where it had none; `None` if the backend
             reports none (transformers), or was not asked for them (evaluation).
+        weight_version: name of the weights that a server sampled it with; `None` for an engine of one's own.
     """
 
     token_ids: list[int]
     logps: list[float] | None = None
+    weight_version: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

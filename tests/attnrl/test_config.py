@@ -81,7 +81,12 @@ def test_saves_need_not_fall_on_a_generation_boundary(tmp_path):
         ({"num_generations": 8}, r"num_generations=8 is not the leaf budget .* = 30"),
         ({"loss_type": "vespo"}, "loss_type='vespo' does not take advantages per token"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' does not go with"),
-        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' takes no length limit per request"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_enable_sleep_mode": True},
+            "vllm_enable_sleep_mode=True is for an engine in the trainer's own process",
+        ),
+        ({"weight_sync": "mail"}, "weight_sync='mail' is unknown"),
+        ({"vllm_server_request_timeout": 0.0}, "vllm_server_request_timeout=0.0 is out of range"),
         ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True takes no length"),
         ({"gradient_accumulation_steps": 20}, "gradient_accumulation_steps=20 exceeds steps_per_generation=10"),
     ],

@@ -117,6 +117,14 @@ def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):
     assert calls == bracket * 2
 
 
+def test_a_second_run_pushes_weights_though_its_step_is_that_of_the_latest_push(make_trainer, monkeypatch):
+    trainer, pushed_at = make_trainer(), []
+    trainer._last_loaded_step = trainer.state.global_step
+    monkeypatch.setattr(GRPOTrainer, "train", lambda self: pushed_at.append(self._last_loaded_step))
+    trainer.train()
+    assert pushed_at == [-1]
+
+
 def test_transformers_generation_honours_each_limit_and_the_order(make_trainer):
     trainer = make_trainer(generation_kwargs={"do_sample": False}, per_device_train_batch_size=8)
     eos = trainer.processing_class.eos_token_id

@@ -21,6 +21,8 @@ SETTINGS = {
     "bf16": False,
     "use_cpu": True,
 }
+if "TEST_SERVER_URL" in os.environ:
+    SETTINGS |= {"vllm_mode": "server", "vllm_server_base_url": os.environ["TEST_SERVER_URL"]}
 
 
 def odd_sum(completions, completion_ids, **kwargs) -> list[float]:

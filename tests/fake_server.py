@@ -1,0 +1,150 @@
+"""A small HTTP server that speaks the endpoints of vLLM that a client uses, and fails when it is told to.
+
+It samples a function of weights, prompt and seed, so that samples of other weights are other samples.
+"""
+
+import json
+import random
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from safetensors.torch import load_file
+
+
+class FakeServer:
+    """
+    Attributes:
+        weights: sum of the weights it was given last, 0 after a start.
+        version: as vLLM keeps it.
+        seen: path and body of each request.
+        fails: called with path and number of the request; an HTTP status in place of an answer, or `None`. May raise
+            `ConnectionError` to drop the connection.
+    """
+
+    def __init__(self, vocab_size: int = 50, port: int = 0, api_key: str | None = None):
+        self.vocab_size, self.api_key = vocab_size, api_key
+        self.weights, self.version = 0.0, "default"
+        self.seen: list[tuple[str, dict | None]] = []
+        self.fails: Callable[[str, int], int | None] = lambda path, number: None
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self._http.server_address[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def paths(self, path: str) -> list[dict | None]:
+        """Bodies of the requests to a path."""
+        return [body for one, body in self.seen if one == path]
+
+    # ---- answers ----------------------------------------------------------------------------------------------------
+
+    def answer(self, path: str, body: dict | None) -> tuple[int, dict]:
+        if path == "/health":
+            return 200, {}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "fake"}]}
+        if path == "/server_info":
+            return 200, {"vllm_config": self._config()}
+        if path == "/weight_info":
+            return 200, {"weight_version": self.version}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+            return 200, {"success": True}
+        if path == "/reset_prefix_cache":
+            return 200, {"success": True}
+        if path == "/collective_rpc":
+            files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+            self.weights = sum(float(t.double().sum()) for file in files for t in load_file(file).values())
+            return 200, {"results": [None]}
+        if path == "/v1/completions":
+            return self._complete(body)
+        return 404, {}
+
+    @staticmethod
+    def _config() -> dict:
+        return {
+            "model_config": {"max_model_len": 64, "dtype": "torch.float32", "logprobs_mode": "processed_logprobs"},
+            "device_config": {"device": "cpu"},
+            "scheduler_config": {"max_num_batched_tokens": 256, "max_num_seqs": 64},
+            "weight_transfer_config": None,
+        }
+
+    def _complete(self, body: dict) -> tuple[int, dict]:
+        prompt = body["prompt"]
+        if max(prompt) >= self.vocab_size:
+            return 400, {"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}
+        if "prompt_logprobs" in body:
+            listed = [None] + [
+                {str(t): {"logprob": logp}} for t, logp in zip(prompt[1:], self.logps(prompt), strict=True)
+            ]
+            return 200, {"choices": [{"index": 0, "prompt_logprobs": listed, "finish_reason": "length"}]}
+        choices = []
+        for index in range(body["n"]):
+            rng = random.Random(f"{self.weights}/{prompt}/{body.get('seed')}/{index}")
+            tokens = [rng.randrange(self.vocab_size) for _ in range(body["max_tokens"])]
+            logprobs = {
+                "tokens": [f"token_id:{token}" for token in tokens],
+                "token_logprobs": [None, *[-float(token) for token in tokens[1:]]],
+            }
+            choices.append(
+                {
+                    "index": index,
+                    "finish_reason": "length",
+                    "token_ids": tokens,
+                    "prompt_token_ids": prompt,
+                    "logprobs": logprobs if body.get("logprobs") is not None else None,
+                }
+            )
+        return 200, {"choices": choices}
+
+    def logps(self, tokens) -> list[float]:
+        """Log-probs of a sequence under the weights it has."""
+        return [-1.0 - (self.weights + token) % 7 for token in tokens[1:]]
+
+    def _handler(self):
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def _serve(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                path = urlsplit(self.path).path
+                with fake._lock:
+                    fake.seen.append((path, body))
+                    number = len(fake.paths(path))
+                try:
+                    status = fake.fails(path, number)
+                except ConnectionError:
+                    self.close_connection = True
+                    return
+                if status is None and path.startswith("/v1") and fake.api_key:
+                    status = None if self.headers.get("Authorization") == f"Bearer {fake.api_key}" else 401
+                status, answer = (status, {"error": "told to fail"}) if status else fake.answer(path, body)
+                text = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = _serve
+
+        return Handler
