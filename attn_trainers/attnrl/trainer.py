@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,8 @@ from ..base.card import paper
 from ..base.credit import (
     BatchCredit,
     CompletionBatch,
-    CreditContext,
     CreditMethod,
     SignalPass,
-    group_accuracies,
-    mean_factors,
-    weighted_rewards,
 )
 from ..base.forwards import signal_pass, timed
 from ..base.trainer import BaseTrainer
@@ -32,6 +27,7 @@ from .batches import MicroBatch, Update, arrange_updates
 from .branching_report import report_branching
 from .collection import CollectionMixin
 from .config import AttnRLConfig
+from .crediting import CreditingMixin
 from .exploration import BranchPoints, choose_branch_points, choose_expanded, filter_easy_prompts
 from .loss import LossMixin
 from .overlap import OverlapMixin
@@ -40,7 +36,6 @@ from .pipeline import Pipeline
 from .reports import ReportsMixin
 from .rollouts import PromptRollouts, ReadRollout
 from .rows import (
-    LeafValues,
     TrainingRow,
     collate,
     fit_capacity,
@@ -59,7 +54,9 @@ logger = logging.getLogger(__name__)
 LINE_FIELDS = {"attnrl/influence/mean": "  influence {:.2g}", "attnrl/valid_ratio": "  mixed {:.0%}"}
 
 
-class AttnRLTrainer(OverlapMixin, ReportsMixin, CollectionMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer):
+class AttnRLTrainer(
+    OverlapMixin, ReportsMixin, CollectionMixin, CreditingMixin, UpdatesMixin, LossMixin, PackingMixin, BaseTrainer
+):
     """
     Trainer for AttnRL, process-supervised reinforcement learning that branches rollouts where attention points.
 
@@ -395,55 +392,6 @@ class AttnRLTrainer(OverlapMixin, ReportsMixin, CollectionMixin, UpdatesMixin, L
         self.log_means(metrics.sampling_totals(batch), "")
         largest = metrics.sampling_difference(batch).nan_to_num(nan=0.0).max()
         self.log_values({"sampling/sampling_logp_difference/max": self.ranks.gather(largest[None]).max().item()})
-
-    # ---- credit -----------------------------------------------------------------------------------------------------
-
-    def _leaf_values(self, prompts: Sequence[PromptRollouts]) -> list[LeafValues]:
-        """What the leaves of each prompt are worth, shaped by the credit method over all leaves of a prompt."""
-        if self.credit is None:
-            return [LeafValues.plain(prompt) for prompt in prompts]
-        counts = [len(prompt.leaves) for prompt in prompts]
-        leaves = [leaf for prompt in prompts for leaf in prompt.leaves]
-        rewards = torch.stack([torch.from_numpy(leaf.rewards) for leaf in leaves])  # (N, F)
-        lengths = torch.tensor([leaf.completion_length for leaf in leaves])  # (N,)
-        groups = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (N,)
-        weights = self.reward_weights.cpu()
-        correct = self.credit.judge(rewards, weights)
-        shaped = weighted_rewards(self.credit.shape_rewards(rewards, lengths, groups), weights).nan_to_num(nan=0.0)
-        self.log_values(self.credit.reward_metrics(correct, lengths, groups), self.credit.prefix)
-        parts = (values.split(counts) for values in (shaped, correct, group_accuracies(correct, groups)))
-        return [LeafValues(r.tolist(), c.tolist(), a[0].item()) for r, c, a in zip(*parts, strict=True)]
-
-    def _assign_credit(self, parts, facts) -> BatchCredit:
-        """Give each micro-batch its factors, (B, T)."""
-        context = CreditContext(
-            ranks=self.ranks,
-            step=self.state.global_step,
-            max_steps=self.state.max_steps,
-            observe=lambda batch, observer: self.forward_completions(
-                batch, observer=observer, batch_size=len(batch.input_ids)
-            ),
-            folder=Path(self.args.output_dir),
-        )
-        passes = [signal for _, signal in parts]
-        credit = self.credit.factors(passes, [batch["advantages"] for batch, _ in parts], facts, context)
-        for (batch, _), factors in zip(parts, credit.factors or [], strict=bool(credit.factors)):
-            batch["credit"] = factors.to(batch["advantages"].device)
-        seconds = sum(signal.seconds for signal in passes)
-        self.log_values(credit.values | {"seconds/attention": seconds}, self.credit.prefix)
-        self.log_means(credit.totals, self.credit.prefix)
-        self.last_credit = credit
-        self.credit.report(credit, context)
-        return credit
-
-    def _mean_factors(self, parts, facts, credit: BatchCredit) -> dict[str, float]:
-        """Mean factor of each row of all ranks, by its key; a collective under a credit method."""
-        own = [
-            (key, factor)
-            for (_, signal), known, factors in zip(parts, facts, credit.factors or [], strict=bool(credit.factors))
-            for key, factor in zip(known.keys, mean_factors(signal.batch, factors), strict=True)
-        ]
-        return dict(self.ranks.gather_list(own)) if self.credit is not None else {}
 
     # ---- logs, card and checkpoints ---------------------------------------------------------------------------------
 
