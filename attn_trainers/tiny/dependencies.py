@@ -125,12 +125,15 @@ class ProblemSize:
         unneeded: further defined variables.
         constants: variables with a given value.
         hubs: how unequally variables are used by others: 0 all alike; at 2, a few have most of the users.
+        shuffled: whether definitions stand in any order. A small model does not learn in minutes which of them can be
+            computed next; otherwise each stands behind its operands, in one of the orders that allow it.
     """
 
     needed: int = 15
     unneeded: int = 7
     constants: int = 4
     hubs: float = 2.0
+    shuffled: bool = False
 
     def __post_init__(self):
         if min(self.needed, self.constants - 1) < 1 or self.unneeded < 0:
@@ -163,7 +166,18 @@ def sample_dependencies(rng: random.Random, size: ProblemSize = ProblemSize()) -
         earlier.append(name)
     lines = [(name, rng.randrange(MODULUS)) for name in constants] + definitions
     rng.shuffle(lines)
-    return DependencyProblem(tuple(lines), needed[-1])
+    return DependencyProblem(tuple(lines if size.shuffled else _behind_operands(lines)), needed[-1])
+
+
+def _behind_operands(lines: list) -> list:
+    """The lines in the order given, but that a definition waits for its operands."""
+    placed, told, waiting = [], set(), list(lines)
+    while waiting:
+        line = next(one for one in waiting if not isinstance(one, Definition) or {one.left, one.right} <= told)
+        waiting.remove(line)
+        placed.append(line)
+        told.add(line.name if isinstance(line, Definition) else line[0])
+    return placed
 
 
 def sample_distinct(
@@ -196,16 +210,15 @@ class Teacher:
 
 
 def write_dependencies(problem: DependencyProblem, rng: random.Random, teacher: Teacher) -> str:
-    """A solution: at each time one of the variables that can be computed, at random, until the question's is known."""
+    """A solution: at each time the first variable of the text that can be computed, until the question's is known."""
     values, paragraphs = dict(problem.constants), []
     waiting = {name for name in problem.definitions if name in problem.needed or rng.random() < teacher.detour}
     while problem.question in waiting:
-        ready = [
+        definition = next(
             definition
             for definition in problem.definitions.values()
             if definition.name in waiting and definition.left in values and definition.right in values
-        ]
-        definition = rng.choice(ready)
+        )
         left, right = values[definition.left], values[definition.right]
         result = definition.result(left, right)
         if rng.random() < teacher.noise:

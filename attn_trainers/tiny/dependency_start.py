@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from .arithmetic import fit, save_finished
 from .byte_model import small_config
 from .dependencies import (
+    MODULUS,
     DependencyProblem,
     ProblemSize,
     Teacher,
@@ -48,7 +49,7 @@ class DependencyStart:
     steps: int = 1200
     growth: float = 0.6
     batch_tokens: int = 4096
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     num_layers: int = 4
     seed: int = 0
 
@@ -79,7 +80,7 @@ def build_dependency_model(tokenizer: PreTrainedTokenizerFast, num_layers: int =
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
     )
     model = Qwen2ForCausalLM(config)
-    wire_lookups(model)
+    wire_lookups(model, tokenizer.convert_tokens_to_ids([str(digit) for digit in range(MODULUS)]))
     return model
 
 

@@ -93,6 +93,33 @@ def test_teachers_that_never_err_write_what_the_truth_confirms(seed, needed, unn
     assert [t.num_descendants > 0 for t in truths if t.needed] == [True] * (needed - 1) + [False]
 
 
+def behind_operands(problem) -> bool:
+    told = set()
+    for line in problem.lines:
+        if isinstance(line, Definition) and not {line.left, line.right} <= told:
+            return False
+        told.add(line.name if isinstance(line, Definition) else line[0])
+    return True
+
+
+def test_definitions_stand_behind_their_operands_unless_shuffled():
+    problems = [sample_dependencies(random.Random(seed)) for seed in range(30)]
+    assert all(map(behind_operands, problems))
+    kinds = [[isinstance(line, Definition) for line in problem.lines] for problem in problems]
+    assert any(of != sorted(of) for of in kinds)  # constants need not come first
+    shuffled = [sample_dependencies(random.Random(seed), ProblemSize(shuffled=True)) for seed in range(30)]
+    assert not any(map(behind_operands, shuffled))
+    for one, other in zip(problems, shuffled, strict=True):  # the same problems, told in another order
+        assert set(one.lines) == set(other.lines) and one.answer == other.answer
+
+
+def test_the_teacher_goes_in_the_order_of_the_text():
+    problem = sample_dependencies(random.Random(1))
+    text = write_dependencies(problem, random.Random(0), Teacher(noise=0.0, detour=1.0, recheck=0.0))
+    computed = [step.split()[0] for step in text.split("</think>")[0].strip("\n").split("\n\n")]
+    assert computed == list(problem.definitions)[: len(computed)]
+
+
 def test_a_size_without_names_for_it_is_refused():
     with pytest.raises(ValueError, match="names 27 variables; there are 26 names"):
         ProblemSize(20, 3, 4)
