@@ -221,7 +221,8 @@ def main(root: Path, folder: Path) -> None:
     recipes = root / "recipes"
     result = push_models(recipes, folder, data) | evaluate_pushed(recipes, folder, data) | load_pushed(folder)
     result["files"] = {repository: sorted(files) for repository, files in Hub.files.items()}
-    result["cards"] = {repository: files["README.md"].decode() for repository, files in Hub.files.items()}
+    cards = {name: files["README.md"] for name, files in Hub.files.items() if "README.md" in files}
+    result["cards"] = {name: card.decode() for name, card in cards.items()}
     result["authorization"] = sorted(map(str, Hub.tokens))
     contents = [content for files in Hub.files.values() for content in files.values()]
     result["secret_pushed"] = any(b"hf_secret" in content for content in contents)

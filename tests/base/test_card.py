@@ -214,7 +214,7 @@ def test_recipes_push_what_they_trained(environment, tmp_path):
         "me/full@step-2": [],  # the Hub refused it; the run went on
         "me/adapter": sorted(adapter),
         "me/adapter@step-2": sorted(adapter),
-        "me/arm": sorted([*full, "results.jsonl", "results.md", "results.png"]),
+        "me/arm": sorted([*full, "curve_coupled_0.jsonl", "results.jsonl", "results.md", "results.png"]),
     }
     assert (result["full_tensors"], result["adapter_tensors"]) == (27, 28)  # 2 layers; 7 linear maps each, A and B
     assert 1 <= result["full_tokens"] <= 8

@@ -218,12 +218,16 @@ def test_shaped_rewards_and_own_advantages_replace_the_hosts(make_trainer):
 
 
 def test_a_methods_state_lies_beside_the_checkpoint(make_trainer, tmp_path):
-    make_trainer(credit=Halves(), save_strategy="steps", save_steps=2).train()
+    trainer = make_trainer(credit=Halves(), save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert trainer.generated_tokens > 0
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    assert json.loads((checkpoint / "credit_state.json").read_text()) == {"batches": 2}
+    state = {"batches": 2, "generated_tokens": trainer.generated_tokens}
+    assert json.loads((checkpoint / "credit_state.json").read_text()) == state
     resumed = make_trainer(credit=Halves(), max_steps=3)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert resumed.credit.batches == 3
+    assert resumed.generated_tokens > trainer.generated_tokens
 
 
 def test_a_host_without_a_method_is_refused(make_trainer):

@@ -63,17 +63,27 @@ def test_what_has_no_name_is_refused(capsys):
 
 
 @pytest.mark.slow
-def test_preflight_of_a_recipe_by_its_name(tmp_path, capfd):
+def test_preflight_of_a_recipe_by_its_name(tmp_path, environment):
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(f'{{"problem": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(8)))
     options = ["--tiny_model", "--dataset", str(problems), "--use_vllm", "false", "--max_completion_length", "64"]
     options += ["--generation_batch_size", "60", "--per_device_train_batch_size", "6"]
     options += ["--gradient_accumulation_steps", "5", "--output_dir", str(tmp_path / "run")]
-    command = ["preflight", "--config_file", "cpu", "attnrl_1p5b", *options]
-    commands.main(command)
-    printed = capfd.readouterr().out
-    assert "Preflight" in printed and "60 rows" in printed
-    with pytest.raises(SystemExit) as end:
-        commands.main([*command, "--branching", "best"])
-    assert end.value.code == 2
-    assert "Refused: branching='best' is unknown" in capfd.readouterr().err
+    start = [
+        sys.executable,
+        "-c",
+        "from attn_trainers.commands import main; main()",
+        "preflight",
+        "--config_file",
+        "cpu",
+    ]
+
+    def preflight(*more: str):
+        command = [*start, "attnrl_1p5b", *options, *more]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+
+    done = preflight()
+    assert done.returncode == 0 and "Preflight" in done.stdout and "60 rows" in done.stdout
+    done = preflight("--branching", "best")
+    assert done.returncode == 2
+    assert "Refused: branching='best' is unknown" in done.stderr

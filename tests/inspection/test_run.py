@@ -1,12 +1,12 @@
 """A whole inspection on the small model: files, resume, refusals, and the recipe."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
 
+from attn_trainers.commands import inspect
 from attn_trainers.inspection import run
 from attn_trainers.inspection.run import InspectionArguments, run_inspection
 from attn_trainers.tiny.arithmetic import sample_problems
@@ -54,12 +54,8 @@ def test_recipe_reads_given_completions_and_samples_the_others(
 
 
 def test_tiny_inspects_held_out_problems_as_they_are(tmp_path):
-    specification = importlib.util.spec_from_file_location("inspect_recipe", ROOT / "recipes/inspect_attention.py")
-    recipe = importlib.util.module_from_spec(specification)
-    sys.modules["inspect_recipe"] = recipe  # dataclasses look their module up
-    specification.loader.exec_module(recipe)
-    args = recipe.Arguments(tiny=True, model="m", output_dir=str(tmp_path / "out"), num_problems=3)
-    tiny = recipe.tiny_arguments(args)
+    args = inspect.Arguments(tiny=True, model="m", output_dir=str(tmp_path / "out"), num_problems=3)
+    tiny = inspect.tiny_arguments(args)
     assert (tiny.model, tiny.prompt_template) == ("m", "{problem}")
     held_out = sample_problems(3, HELD_OUT_SEED)
     assert run.read_problems(tiny) == [{"problem": p.text, "answer": p.answer} for p in held_out]
