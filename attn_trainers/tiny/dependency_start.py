@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from .arithmetic import fit, save_finished
 from .byte_model import small_config
 from .dependencies import (
-    MODULUS,
     DependencyProblem,
     ProblemSize,
     Teacher,
@@ -46,10 +45,10 @@ class DependencyStart:
     needed: int = 15
     unneeded: int = 7
     constants: int = 4
-    steps: int = 1200
+    steps: int = 1600
     growth: float = 0.6
     batch_tokens: int = 4096
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     num_layers: int = 4
     seed: int = 0
 
@@ -80,7 +79,7 @@ def build_dependency_model(tokenizer: PreTrainedTokenizerFast, num_layers: int =
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
     )
     model = Qwen2ForCausalLM(config)
-    wire_lookups(model, tokenizer.convert_tokens_to_ids([str(digit) for digit in range(MODULUS)]))
+    wire_lookups(model)
     return model
 
 

@@ -5,9 +5,6 @@ a subspace of its own; in the second, heads match what stands at and before the 
 and copy the key's token. Everything is a starting value and is trained on.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
@@ -23,12 +20,10 @@ SHARPNESS = 7.0
 MATCHES = ((0, 1), (0, 1), (2, 2), (3, 3))
 
 
-def wire_lookups(model: Qwen2ForCausalLM, digits: Sequence[int]) -> None:
+def wire_lookups(model: Qwen2ForCausalLM) -> None:
     """Give the first two layers of a fresh model their starting values.
 
-    Args:
-        model: 128 wide with as many key heads as query heads, of 32, and `ROPE_THETA`.
-        digits: tokens of the numbers from 0 on, which are counted modulo their number.
+    The model is 128 wide with as many key heads as query heads, of 32, and `ROPE_THETA`.
     """
     half = HEAD_SIZE // 2
     slow = torch.cat([torch.arange(half - CODE_SIZE // 2, half), torch.arange(HEAD_SIZE - CODE_SIZE // 2, HEAD_SIZE)])
@@ -38,7 +33,6 @@ def wire_lookups(model: Qwen2ForCausalLM, digits: Sequence[int]) -> None:
         embeddings = model.get_input_embeddings().weight
         embeddings[:, TOKEN_SIZE:] = 0.0
         embeddings[:, :TOKEN_SIZE] = torch.nn.functional.normalize(torch.randn(len(embeddings), TOKEN_SIZE), dim=1)
-        embeddings[digits, :TOKEN_SIZE] = _on_a_circle(len(digits))
         for back in (1, 2, 3):
             rows = _rows(back - 1)
             _look_back(first, rows, back)
@@ -59,16 +53,6 @@ def wire_lookups(model: Qwen2ForCausalLM, digits: Sequence[int]) -> None:
             second.o_proj.weight[:, rows] = 0.0
             rows_out = torch.arange(part.start, part.stop)
             _set(second.o_proj.weight, rows_out, rows, torch.eye(HEAD_SIZE) * 0.5)
-
-
-def _on_a_circle(count: int) -> Tensor:
-    """(count, TOKEN_SIZE) unit vectors of numbers modulo `count`: near ones are alike, so that sums need not be learnt
-    one by one."""
-    angles = 2 * math.pi * torch.arange(count)[:, None] * torch.arange(1, count // 2 + 1) / count  # (count, count / 2)
-    weights = 1 / torch.arange(1, count // 2 + 1)
-    waves = torch.cat([weights * angles.cos(), weights * angles.sin()], dim=1)  # (count, count)
-    places = torch.nn.init.orthogonal_(torch.empty(waves.size(1), TOKEN_SIZE))
-    return torch.nn.functional.normalize(waves @ places, dim=1)
 
 
 def _rows(head: int) -> slice:
