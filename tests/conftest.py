@@ -1,10 +1,12 @@
 """Fixtures every test may use."""
 
+import io
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +95,28 @@ def arithmetic_dataset():
     from attn_trainers.tiny.runs import to_dataset
 
     return to_dataset(sample_problems(24, seed=0))
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars that trainers show, as on a terminal."""
+    from tqdm import tqdm
+
+    shown = []
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, file=Terminal(), mininterval=0, **kwargs)  # drawn at each step
+            if not self.disable:
+                shown.append(self)
+
+    monkeypatch.setattr("attn_trainers.base.progress.tqdm", Bar)
+    monkeypatch.setattr("attn_trainers.base.progress.sys", SimpleNamespace(stderr=Terminal()))
+    return shown
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ class CreditTrainer(BaseTrainer):
             return self.forward_completions(batch, observer=observer, compute_entropy=self.credit.needs_entropies)[1]
         size = self.args.per_device_train_batch_size
         with without_dropout(self.model), self.accelerator.autocast():
-            for start in range(0, batch.input_ids.size(0), size):
+            for start in self.progress(range(0, batch.input_ids.size(0), size), "Attention"):
                 rows = slice(start, start + size)
                 forward_for_attention(self.model, batch.input_ids[rows], batch.attention_mask[rows], observer)
         return None

@@ -17,12 +17,13 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..sampling.requests import GeneratedTokens, GenerationRequest
+from ..sampling.requests import GeneratedTokens, GenerationRequest, Progress, without_progress
 from ..sampling.transformers import generate_batch
-from ..sampling.vllm import generate_with_engine, limit_cpu_cache
+from ..sampling.vllm import limit_cpu_cache, run_requests
 from .adapter_sync import adapter_engine, check_tied_ends, push_adapter, takes_adapter
 from .cpu_reload import reload_packed_weights
 from .forwards import without_dropout
+from .progress import ProgressMixin
 from .server import PendingSamples, ServerGeneration, ServerSettings
 from .sync_check import SyncReadings, engine_logps, probe_tokens, push_error
 
@@ -45,7 +46,9 @@ def sync_vllm_weights(vllm_generation: VLLMGeneration) -> None:
         vllm_generation.sync_weights()
 
 
-def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest]) -> list[GeneratedTokens]:
+def vllm_generate(
+    vllm_generation: VLLMGeneration, requests: Sequence[GenerationRequest], progress: Progress = without_progress
+) -> list[GeneratedTokens]:
     """Sample every request in one vLLM call. The engine must be awake; sampling settings are the trainer's.
 
     Under tensor parallelism all ranks of a group run the group's requests together, each keeps its own.
@@ -74,8 +77,9 @@ def vllm_generate(vllm_generation: VLLMGeneration, requests: Sequence[Generation
     if not all_requests:
         return []
     on_cpu = vllm_generation.accelerator.device.type == "cpu"
-    outputs = generate_with_engine(vllm_generation.llm, all_requests, settings, on_cpu)
-    return outputs[first : first + len(requests)]
+    sampled = run_requests(vllm_generation.llm, all_requests, settings, on_cpu)
+    finished = dict(progress(sampled, "Sampling", len(all_requests)))
+    return [finished[index] for index in range(first, first + len(requests))]
 
 
 def check_room(requests: Sequence[GenerationRequest]) -> None:
@@ -87,7 +91,7 @@ def check_room(requests: Sequence[GenerationRequest]) -> None:
             )
 
 
-class GenerationMixin:
+class GenerationMixin(ProgressMixin):
     """Generation with per-request limits, for a `GRPOTrainer` subclass (named before it in the bases)."""
 
     def __init__(self, model, reward_funcs, args, *more, **kwargs):
@@ -118,6 +122,7 @@ class GenerationMixin:
             output_dir=args.output_dir,
             vocab_size=self.model.config.get_text_config().vocab_size,
             trainer_logps=self._sequence_logps,
+            progress=self.progress,
         )
         return ServerGeneration(
             settings,
@@ -237,7 +242,7 @@ class GenerationMixin:
             with self._vllm_awake() as engine, profiling_context(self, "vLLM.generate"):
                 if engine.mode == "server":
                     return engine.collect(engine.submit(requests))
-                return vllm_generate(engine, requests)
+                return vllm_generate(engine, requests, self.progress)
         return self._transformers_generate(requests)
 
     def submit_requests(self, requests: Sequence[GenerationRequest]) -> PendingSamples:
@@ -262,10 +267,12 @@ class GenerationMixin:
         num_chunks = self.max_over_ranks(len(chunks))
         results: list[GeneratedTokens | None] = [None] * len(requests)
         idle = GenerationRequest([self._tokenizer.eos_token_id], max_tokens=1)
-        for chunk in chunks + [[]] * (num_chunks - len(chunks)):
-            tokens = self._transformers_generate_chunk([requests[i] for i in chunk] or [idle])
-            for i, token_ids in zip(chunk, tokens, strict=False):  # an idle chunk's token is nobody's
-                results[i] = GeneratedTokens(token_ids, None)
+        with self.progress(None, "Sampling", len(requests)) as bar:
+            for chunk in chunks + [[]] * (num_chunks - len(chunks)):
+                tokens = self._transformers_generate_chunk([requests[i] for i in chunk] or [idle])
+                for i, token_ids in zip(chunk, tokens, strict=False):  # an idle chunk's token is nobody's
+                    results[i] = GeneratedTokens(token_ids, None)
+                bar.update(len(chunk))
         return results
 
     def _transformers_generate_chunk(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from ..sampling.requests import GeneratedTokens, GenerationRequest
+from ..sampling.requests import GeneratedTokens, GenerationRequest, Progress, without_progress
 from ..sampling.server import Sampling, ServerError, ServerFault, TokenGate, VLLMServer, probe_tokens
 from .interruption import last_whole_checkpoint
 from .weight_files import remove_weights, write_weights
@@ -45,6 +45,7 @@ class ServerSettings:
         output_dir: of the run, whose last checkpoint an error names.
         vocab_size: of the model that is trained.
         trainer_logps: log-probs of each token of a sequence but the first, under the trainer's weights; a collective.
+        progress: shows how many samples the first rank has got.
     """
 
     weight_sync: str
@@ -53,6 +54,7 @@ class ServerSettings:
     output_dir: str
     vocab_size: int
     trainer_logps: Callable[[Sequence[int]], list[float]]
+    progress: Progress = without_progress
 
 
 class AuthorizedClient(VLLMClient):
@@ -346,7 +348,7 @@ class ServerGeneration(VLLMGeneration):
             self._send(pending)
 
         def wait() -> list[GeneratedTokens]:
-            samples = pending.sampling.wait()
+            samples = pending.sampling.wait(self.settings.progress)
             difference = self._difference()
             if difference is not None:
                 raise ServerFault(f"the vLLM server at {self.server.url} changed while it sampled: {difference}.")

@@ -1,11 +1,10 @@
 """The base of all trainers here: TRL's `GRPOTrainer` with what a long run needs around any method."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
-from tqdm.auto import tqdm
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -143,12 +142,6 @@ class BaseTrainer(CardMixin, SafeExitMixin, EvaluationMixin, GenerationMixin, Fo
             return page or row.page(self._tokenizer, title)
 
         self.exhibits.offer("pages", make)
-
-    def progress(self, items: Iterable, what: str) -> tqdm:
-        """The items, with a bar on the first rank's terminal that goes when they are done."""
-        # `None`: no bar where the output is no terminal.
-        hidden = True if self.args.disable_tqdm or not self.ranks.is_first else None
-        return tqdm(items, desc=what, leave=False, dynamic_ncols=True, disable=hidden)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..jsonl import append_jsonl, drop_torn_line, read_jsonl
 from ..rewards import math_accuracy_reward
+from ..rewards.pool import showing_grading
 from ..sampling.backends import BACKENDS, resolve_backend, sample_completions
 from ..sampling.models import end_token_ids, load_config, num_positions, tokenizer_of
 from ..sampling.problems import (
@@ -343,14 +345,15 @@ def draw_and_grade(
     ends, thinking = end_token_ids(args.model, tokenizer), EndOfThinking(tokenizer, args.end_of_thinking)
     requests = [draw.request for draw in draws]
     waiting: list[tuple[Draw, GeneratedTokens]] = []
-    with tqdm(total=len(draws), desc="Completions", unit="completion") as progress:
+    grading = partial(tqdm, desc="Grading", leave=False, disable=None)
+    with tqdm(total=len(draws), desc="Completions", unit="completion") as progress, showing_grading(grading):
         for index, sampled in sample_completions(args.backend, args.model, args.sampling, tokenizer, requests):
             waiting.append((draws[index], sampled))
             progress.update()
             if len(waiting) == _GRADED_TOGETHER:
                 _grade_and_append(Path(args.output_dir), thinking, ends, problems, waiting)
                 waiting = []
-    _grade_and_append(Path(args.output_dir), thinking, ends, problems, waiting)
+        _grade_and_append(Path(args.output_dir), thinking, ends, problems, waiting)
 
 
 def _grade_and_append(

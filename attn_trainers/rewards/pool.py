@@ -20,7 +20,12 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 
 RIGHT, WRONG, TIMEOUT, KILLED = "right", "wrong", "timeout", "killed"
@@ -33,6 +38,24 @@ CHUNK_BYTES = 60_000  # less than a pipe holds (64 KiB), so that writing to an i
 ALARM_GRACE_SECONDS = 0.5
 LEAST_LIMIT_SECONDS = 0.05  # with less left no work is begun
 _WORKER = str(Path(__file__).with_name("worker.py"))
+
+
+def _no_bar(total: int) -> tqdm:
+    return tqdm(total=total, disable=True)
+
+
+# Makes the bar of a batch, given its `total`; of one thread, so that none is shown from another.
+_bar: ContextVar[Callable[..., tqdm]] = ContextVar("bar", default=_no_bar)
+
+
+@contextmanager
+def showing_grading(bar: Callable[..., tqdm]) -> Iterator[None]:
+    """Context in which each batch that this thread has graded shows a bar, made for its `total`."""
+    token = _bar.set(bar)
+    try:
+        yield
+    finally:
+        _bar.reset(token)
 
 
 class Worker:
@@ -127,16 +150,18 @@ class GradingPool:
     def _grade(self, requests: list[dict], timeout: float, end: float | None) -> list[str]:
         results: list[str | None] = [None] * len(requests)
         queue = deque(range(len(requests)))
-        while None in results:
-            left = math.inf if end is None else end - time.monotonic()
-            if left < LEAST_LIMIT_SECONDS:
-                for index in queue:
-                    results[index] = TIMEOUT
-                queue.clear()
-            self._start_workers(len(queue))
-            self._hand_out(queue, requests, min(timeout, left))
-            if None in results:
-                self._collect(queue, results, end)
+        with _bar.get()(total=len(requests)) as bar:
+            while None in results:
+                left = math.inf if end is None else end - time.monotonic()
+                if left < LEAST_LIMIT_SECONDS:
+                    for index in queue:
+                        results[index] = TIMEOUT
+                    queue.clear()
+                self._start_workers(len(queue))
+                self._hand_out(queue, requests, min(timeout, left))
+                if None in results:
+                    self._collect(queue, results, end)
+                bar.update(len(results) - results.count(None) - bar.n)
         return results
 
     def close(self):

@@ -4,8 +4,17 @@ They know no backend: `attn_trainers.sampling.vllm` and `attn_trainers.sampling.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+
+
+Progress = Callable[[Iterable, str, int], Iterable]
+"""Gives items back, and shows how far they are gone through: called with them, what is done, and their number."""
+
+
+def without_progress(items: Iterable, what: str, total: int) -> Iterable:
+    """The items, and nothing shown."""
+    return items
 
 
 @dataclass(frozen=True)

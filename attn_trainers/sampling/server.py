@@ -12,14 +12,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from functools import partial
 
 import requests
 from requests.adapters import HTTPAdapter
 
-from .requests import GeneratedTokens, GenerationRequest
+from .requests import GeneratedTokens, GenerationRequest, Progress, without_progress
 
 
 CONNECTIONS = 64
@@ -326,18 +326,21 @@ class Sampling:
         """From the first request to the latest answer."""
         return self._end - self._start
 
-    def wait(self) -> list[GeneratedTokens]:
+    def wait(self, progress: Progress = without_progress) -> list[GeneratedTokens]:
         """The samples, in the order of the requests.
 
         Raises:
             ServerError: if one of them failed; the others are not waited for.
         """
-        results: dict[int, GeneratedTokens] = {}
         try:
-            for group, future in zip(self._groups, self._futures, strict=True):
-                results |= zip(group, future.result(), strict=True)
+            results = dict(progress(self._arriving(), "Sampling", sum(map(len, self._groups))))
         except ServerError:
             for future in self._futures:
                 future.cancel()
             raise
         return [results[index] for index in range(len(results))]
+
+    def _arriving(self) -> Iterator[tuple[int, GeneratedTokens]]:
+        group_of = dict(zip(self._futures, self._groups, strict=True))
+        for future in as_completed(group_of):
+            yield from zip(group_of[future], future.result(), strict=True)

@@ -131,14 +131,6 @@ def run_requests(
                 yield index, GeneratedTokens(tokens.pop(index), logps.pop(index) if with_logps else None)
 
 
-def generate_with_engine(
-    llm, requests: Sequence[GenerationRequest], settings: Mapping[str, object], on_cpu: bool
-) -> list[GeneratedTokens]:
-    """Sample every request and wait for all; `settings` must ask for log-probs."""
-    finished = dict(run_requests(llm, requests, settings, on_cpu))
-    return [finished[index] for index in range(len(requests))]
-
-
 def engine_of(model: str, settings: SamplingSettings, max_model_len: int):
     """A vLLM engine of a model or adapter for sequences of up to `max_model_len` tokens."""
     limit_cpu_cache()

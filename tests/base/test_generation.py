@@ -108,7 +108,8 @@ def test_one_sleep_bracket_surrounds_each_generation(make_trainer, monkeypatch):
 
     monkeypatch.setattr("attn_trainers.base.generation.sync_vllm_weights", sync)
     monkeypatch.setattr(
-        "attn_trainers.base.generation.vllm_generate", lambda engine, requests: calls.append("generate") or []
+        "attn_trainers.base.generation.vllm_generate",
+        lambda engine, requests, progress: calls.append("generate") or [],
     )
     trainer.generate_requests([])
     bracket = ["wake weights", "sync", "wake kv_cache", "generate", "sleep 2"]
@@ -274,8 +275,8 @@ def fake_engine(monkeypatch):
     """An engine that keeps the settings it is asked to sample by, and what else happened in their order."""
     seen = []
     monkeypatch.setattr(
-        "attn_trainers.base.generation.generate_with_engine",
-        lambda llm, requests, settings, on_cpu: seen.append(settings) or [None] * len(requests),
+        "attn_trainers.base.generation.run_requests",
+        lambda llm, requests, settings, on_cpu: seen.append(settings) or enumerate([None] * len(requests)),
     )
 
     def make(**kwargs):
@@ -307,7 +308,14 @@ def test_ranks_wait_for_each_other_before_an_adapters_engine_exchanges(fake_engi
         "all_gather_object",
         lambda gathered, own, group: gathered.__setitem__(slice(None), [own, own]),
     )
-    assert len(vllm_generate(engine, requests)) == len(requests)
+    shown = []
+
+    def progress(items, what, total):
+        shown.append((what, total))
+        return items
+
+    assert len(vllm_generate(engine, requests, progress)) == len(requests)
+    assert shown == [("Sampling", 2)] * bool(requests)  # a rank samples what its group wants
     # A group without requests waits too: the barrier is over all ranks.
     assert seen[: int(is_adapter)] == [[3]] * is_adapter
     assert len(seen) == is_adapter + bool(requests)

@@ -15,7 +15,7 @@ from attn_trainers.base import weight_files
 from attn_trainers.base.server import ServerGeneration, ServerSettings
 from attn_trainers.base.weight_files import write_weights
 from attn_trainers.sampling import server as client_module
-from attn_trainers.sampling.requests import GenerationRequest
+from attn_trainers.sampling.requests import GenerationRequest, without_progress
 from attn_trainers.sampling.server import ServerError
 from tests.fake_server import FakeServer
 
@@ -54,7 +54,14 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def make_engine(fake, tmp_path):
-    def make(vocab_size=VOCABULARY, trainer_logps=None, model=None, url=fake.url, accelerator=None):
+    def make(
+        vocab_size=VOCABULARY,
+        trainer_logps=None,
+        model=None,
+        url=fake.url,
+        accelerator=None,
+        progress=without_progress,
+    ):
         model = model or Model()
         settings = ServerSettings(
             weight_sync="disk",
@@ -63,6 +70,7 @@ def make_engine(fake, tmp_path):
             output_dir=str(tmp_path),
             vocab_size=vocab_size,
             trainer_logps=trainer_logps or (lambda tokens: [-1.0 - (model.sum + t) % 7 for t in tokens[1:]]),
+            progress=progress,
         )
         return ServerGeneration(
             settings,
@@ -110,6 +118,22 @@ def test_weights_are_pushed_before_anything_is_sampled_and_the_samples_carry_the
     engine.sync_weights()
     assert tokens_of(draw(engine)) == expected(fake, 9.0)
     assert engine.pushes == 2 and len(fake.paths("/reset_prefix_cache")) == 2
+
+
+def test_samples_are_shown_where_they_are_waited_for(make_engine):
+    shown, threads = [], set()
+
+    def progress(items, what, total):
+        shown.append((what, total))
+        for item in items:
+            threads.add(threading.current_thread())
+            yield item
+
+    engine = make_engine(progress=progress)
+    pending = engine.submit(REQUESTS)
+    assert not shown
+    engine.collect(pending)
+    assert shown == [("Sampling", len(REQUESTS))] and threads == {threading.current_thread()}
 
 
 def restart(fake):

@@ -1,16 +1,18 @@
 """The grading processes: limits on time and memory, workers that die, threads and forks."""
 
+import io
 import os
 import signal
 import threading
 
 import pytest
+from tqdm import tqdm
 
 from attn_trainers.rewards import math as rewards
 from attn_trainers.rewards import pool as grading
 from attn_trainers.rewards import worker as grading_worker
 from attn_trainers.rewards.math import math_accuracy, math_accuracy_reward
-from attn_trainers.rewards.pool import KILLED, RIGHT, TIMEOUT, WRONG, GradingPool, shared_pool
+from attn_trainers.rewards.pool import KILLED, RIGHT, TIMEOUT, WRONG, GradingPool, shared_pool, showing_grading
 
 
 EASY = {"pairs": [["\\sqrt{8}", "2\\sqrt{2}"]]}
@@ -41,6 +43,23 @@ def test_endless_answers_are_counted_as_timeouts(monkeypatch, answer):
 def test_a_timeout_costs_one_answer(pool):
     requests = [EASY] * 20 + [ENDLESS] + [EASY] * 20
     assert pool.grade(requests, timeout=1.0) == [RIGHT] * 20 + [TIMEOUT] + [RIGHT] * 20
+
+
+def test_a_batch_shows_how_much_of_it_is_graded_in_the_thread_that_asked_for_it(pool):
+    bars = []
+
+    def bar(total):
+        bars.append(tqdm(total=total, file=io.StringIO()))
+        return bars[-1]
+
+    with showing_grading(bar):
+        other = threading.Thread(target=pool.grade, args=([EASY] * 2, 5.0))
+        other.start()
+        other.join()
+        assert not bars
+        pool.grade([EASY] * 20 + [ENDLESS], timeout=1.0)
+    pool.grade([EASY], timeout=5.0)
+    assert [(bar.n, bar.total) for bar in bars] == [(21, 21)]
 
 
 def test_a_stopped_worker_is_overdue(pool):

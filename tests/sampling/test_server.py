@@ -189,3 +189,19 @@ def test_a_server_that_hangs_does_not_hold_the_process(fake):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=280)
     assert done.returncode == 0 and done.stdout == "given up\n", done.stderr[-2000:]
     release.set()
+
+
+def test_progress_tells_of_each_sample_as_it_comes(client, fake):
+    fake.fails = lambda path, number: time.sleep(0.3) if path == "/v1/completions" and number == 1 else None
+    seen = []
+
+    def progress(items, what, total):
+        assert (what, total) == ("Sampling", 4)
+        for index, sample in items:
+            seen.append(index)
+            yield index, sample
+
+    requests = [GenerationRequest([1], 3), GenerationRequest([2], 3, seed=1)] * 2
+    samples = client.submit(requests, {"temperature": 0.9}, None).wait(progress)
+    assert sorted(seen) == [0, 1, 2, 3] and abs(seen.index(0) - seen.index(2)) == 1  # one POST for both
+    assert samples == client.submit(requests, {"temperature": 0.9}, None).wait()
