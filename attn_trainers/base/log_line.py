@@ -50,23 +50,8 @@ def _filled(fields: Fields, values: Mapping[str, object]) -> str:
     return "".join(shown).replace("%", " %")
 
 
-class LineInBar(ProgressCallback):
-    """The progress bar of `transformers`, with `log_line` above it at each log."""
-
-    def __init__(self, fields: Fields):
-        super().__init__()
-        self.fields = fields
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        line = log_line(logs, state.global_step, self.fields)
-        if line is None:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-        elif state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(line)
-
-
-class LinePrinter(PrinterCallback):
-    """`log_line` at each log, printed without a bar."""
+class _Line:
+    """`log_line` in place of what a callback of `transformers`, the next of the bases, shows of a log."""
 
     def __init__(self, fields: Fields):
         super().__init__()
@@ -77,7 +62,22 @@ class LinePrinter(PrinterCallback):
         if line is None:
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif state.is_world_process_zero:
-            print(line, flush=True)
+            self.write(line)
+
+
+class LineInBar(_Line, ProgressCallback):
+    """The progress bar of `transformers`, with `log_line` above it at each log."""
+
+    def write(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class LinePrinter(_Line, PrinterCallback):
+    """`log_line` at each log, printed without a bar."""
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
 
 
 def print_lines(trainer: Trainer, fields: Fields) -> None:

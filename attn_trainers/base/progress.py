@@ -47,9 +47,12 @@ class ProgressMixin:
         """Context in which the one call by which TRL samples shows a bar; a server's samples show their own."""
         if not self.shows_progress or self.use_transformers_continuous_batching:
             return nullcontext()
-        if not self.use_vllm:
-            return self._showing_forwards(self.accelerator.unwrap_model(self.model))
-        return self._showing_requests(self.vllm_generation.llm) if self.args.vllm_mode == "colocate" else nullcontext()
+        if self.use_vllm:
+            colocate = self.args.vllm_mode == "colocate"
+            return self._showing_requests(self.vllm_generation.llm) if colocate else nullcontext()
+        if self.generation_config.cache_implementation is not None:
+            return nullcontext()  # forwards may be compiled, and a hook would break them up
+        return self._showing_forwards(self.accelerator.unwrap_model(self.model))
 
     @contextmanager
     def _showing_forwards(self, model: nn.Module) -> Iterator[None]:
