@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast
 
 from attn_trainers.attention import InfluenceObserver, KeyFocusObserver, RhythmObserver, forward_for_attention
-from attn_trainers.attention.pooling import lagged_step_attention
 from attn_trainers.attnpo.alignment import StepAlignment
 from attn_trainers.attnpo.discovery.labels import ESSENTIAL, REDUNDANT
 from attn_trainers.attnpo.discovery.pairs import BASELINES, ScoredSteps, baseline_scores
@@ -98,16 +97,7 @@ class HeadInfluence(InfluenceObserver):
     def observe_sequence(self, row: int, query: Tensor, key: Tensor, layer) -> None:
         columns, scores = self._columns[row], torch.zeros(query.shape[0], len(self.steps[row]))
         if columns:
-            scores[:, columns.start : columns.stop] = lagged_step_attention(
-                query,
-                key,
-                layer.scaling,
-                layer.sliding_window,
-                self.steps[row],
-                columns,
-                self.delta,
-                self.aggregation,
-            )
+            scores[:, columns.start : columns.stop] = self.of_heads(row, query, key, layer)
         self.by_head[row].append(scores)
 
 

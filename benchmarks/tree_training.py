@@ -22,25 +22,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from attn_trainers.gpu_check.shapes import SHAPES
 
-SHAPES = {
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-    },
-    "1p5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-    },
-}
+
 BRANCH_POINTS = ((0.1, 0.3), (0.2, 0.4), (0.4, 0.6))  # shares of the length
 WAYS = ("rows", "packed")
 

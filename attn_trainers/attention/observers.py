@@ -181,18 +181,21 @@ class InfluenceObserver(BatchObserver):
         columns = self._columns[row]
         if not columns:
             return
-        per_head = lagged_step_attention(
+        best = self._influence[row][columns.start : columns.stop]
+        torch.maximum(best, self.of_heads(row, query, key, layer).amax(dim=0).to(best.device), out=best)
+
+    def of_heads(self, row: int, query: Tensor, key: Tensor, layer: LayerAttention) -> Tensor:
+        """(H, columns) influence of one layer's heads on the steps that can have some."""
+        return lagged_step_attention(
             query,
             key,
             layer.scaling,
             layer.sliding_window,
             self.steps[row],
-            columns,
+            self._columns[row],
             self.delta,
             self.aggregation,
-        )  # (H, columns)
-        best = self._influence[row][columns.start : columns.stop]
-        torch.maximum(best, per_head.amax(dim=0).to(best.device), out=best)
+        )
 
     def result(self) -> list[Tensor]:
         """Per row (num_ranges,) float32 y, on the mask's device; empty for a row without real tokens.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from ..attention import (
     InfluenceObserver,
@@ -14,35 +14,11 @@ from ..attention import (
     middle_layers,
     observe_attention,
 )
-from .measuring import now, peak_memory
+from .measuring import take_turns
+from .shapes import SHAPES, random_model
 
 
-SHAPES = {
-    "cpu": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "vocab_size": 4096,
-    },
-    "cuda": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-    },
-}
 ANSWER_SHARE = 0.1  # of the sequence, for the key-focus scores
-
-
-def random_model(device: str, length: int) -> PreTrainedModel:
-    """A Qwen2 of random weights: on CUDA of a 1.5B's shape in bfloat16, on a CPU small and float32."""
-    config = Qwen2Config(**SHAPES[device], max_position_embeddings=length)
-    with torch.device(device):
-        return Qwen2ForCausalLM(config).to(torch.float32 if device == "cpu" else torch.bfloat16).eval()
 
 
 def measure(task: dict, model: PreTrainedModel | None = None) -> dict:
@@ -58,22 +34,15 @@ def measure(task: dict, model: PreTrainedModel | None = None) -> dict:
         if len(task["ways"]) > 1:
             for way in task["ways"]:
                 run(way)  # warm-up: first calls allocate and choose kernels
-        idle = peak_memory(device, reset=True)
-        seconds: dict[str, list[float]] = {way: [] for way in task["ways"]}
-        for _ in range(task["repeats"]):
-            for way in task["ways"]:
-                start = now(device)
-                run(way)
-                seconds[way].append(now(device) - start)
-    peak = peak_memory(device, reset=False)
-    return {"seconds": seconds, "peak": peak, "own": peak - idle}
+        return take_turns(run, task["ways"], task["repeats"], device)
 
 
 def prepare(task: dict, device: str, model: PreTrainedModel | None = None) -> Callable[[str], None]:
     """The function that runs one way: a name of benchmarks/attention_scoring.py."""
     set_seed(0)
     length, num_steps = task["length"], task["steps"]
-    model = random_model(device, length) if model is None else model
+    if model is None:
+        model = random_model(SHAPES["wide" if device == "cpu" else "1p5b"], length, device).eval()
     config = model.config
     ids = torch.randint(0, config.vocab_size, (1, length), device=device)
     mask = torch.ones_like(ids)

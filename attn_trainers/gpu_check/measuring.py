@@ -1,6 +1,7 @@
 """Time and memory of this process, on a CPU or a GPU."""
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,23 @@ def peak_memory(device: str, *, reset: bool) -> float:
         Path("/proc/self/clear_refs").write_text("5")
     field = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(field.split()[1]) / 2**10
+
+
+def take_turns(run: Callable[[str], None], ways: Sequence[str], repeats: int, device: str) -> dict:
+    """Run ways one after the other, so that other load falls on all alike.
+
+    Returns:
+        `seconds` per way and repeat, `peak` memory in MiB and what of it is `own`, above that before the first run.
+    """
+    idle = peak_memory(device, reset=True)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way in ways:
+            start = now(device)
+            run(way)
+            seconds[way].append(now(device) - start)
+    peak = peak_memory(device, reset=False)
+    return {"seconds": seconds, "peak": peak, "own": peak - idle}
 
 
 def device_used() -> float:

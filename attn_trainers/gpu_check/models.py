@@ -16,25 +16,10 @@ from transformers import (
 )
 
 from .registry import Context
+from .shapes import SHAPES
 
 
-VOCABULARY = {"smoke": 512, "full": 151_936}
 NEWLINES = 16  # one word in so many ends a paragraph: random tokens have steps then
-
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-LARGE = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-}
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -64,11 +49,10 @@ def save_model(folder: Path, context: Context, *, layers: int | None = None, tie
     """
     if (folder / "config.json").exists():
         return str(folder)
-    tokenizer = word_tokenizer(VOCABULARY["smoke" if context.smoke else "full"])
-    shape = dict(SMALL if context.smoke else LARGE)
+    shape = dict(SHAPES["tiny" if context.smoke else "1p5b"])
     shape["num_hidden_layers"] = layers or shape["num_hidden_layers"]
+    tokenizer = word_tokenizer(shape["vocab_size"])
     common = {
-        "vocab_size": len(tokenizer),
         "max_position_embeddings": 16_384,
         "tie_word_embeddings": tied,
         "bos_token_id": None,

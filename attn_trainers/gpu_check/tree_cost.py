@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from ..packing import pack_rows, packed_forward, token_log_probs, unique_tokens
-from .measuring import now, peak_memory
+from .measuring import take_turns
+from .shapes import random_model
 
 
 BRANCHES = 2  # continuations from each point
@@ -21,27 +22,18 @@ def measure(task: dict, model: PreTrainedModel | None = None) -> dict:
             of `trees`, `shape` of the model, `ways`, `repeats` and `device`.
         model: on that device; `None` for a random one of `shape`.
     """
-    device = task["device"]
     run, ratio = prepare(task, model)
-    idle = peak_memory(device, reset=True)
-    seconds: dict[str, list[float]] = {way: [] for way in task["ways"]}
-    for _ in range(task["repeats"]):
-        for way in task["ways"]:
-            start = now(device)
-            run(way)
-            seconds[way].append(now(device) - start)
-    memory = peak_memory(device, reset=False) - idle
-    return {"seconds": {way: min(times) for way, times in seconds.items()}, "memory": memory, "ratio": ratio}
+    taken = take_turns(run, task["ways"], task["repeats"], task["device"])
+    seconds = {way: min(times) for way, times in taken["seconds"].items()}
+    return {"seconds": seconds, "memory": taken["own"], "ratio": ratio}
 
 
 def prepare(task: dict, model: PreTrainedModel | None = None) -> tuple[Callable[[str], None], float]:
     """The function that runs one way, and the ratio of tokens."""
     set_seed(0)
-    device, prompt, length = task["device"], task["prompt"], task["length"]
+    prompt, length = task["prompt"], task["length"]
     if model is None:
-        config = Qwen2Config(**task["shape"], max_position_embeddings=prompt + length)
-        with torch.device(device):
-            model = Qwen2ForCausalLM(config).to(torch.float32 if device == "cpu" else torch.bfloat16)
+        model = random_model(task["shape"], prompt + length, task["device"])
     trees = [sample_tree(prompt, length, task["points"], model.config.vocab_size) for _ in range(task["trees"])]
 
     def run(way: str) -> None:

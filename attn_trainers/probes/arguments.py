@@ -3,17 +3,23 @@
 from dataclasses import dataclass, field, fields
 
 from ..attention.observers import INFLUENCE_AGGREGATIONS
+from ..attnrl.config import AttnRLConfig
 from ..attnrl.exploration import CRITERIA
 from ..attnrl.steps import STEP_MODES
 from ..base.options import check_choices, check_least, check_shares, require_choice
 from ..sampling.backends import BACKENDS
 from ..sampling.problems import STEP_BY_STEP, parse_template_kwargs
 from ..sampling.requests import SamplingSettings
-from ..thinking import END_OF_THINKING
 
 
 # What the probe can hand to a criterion (`Criterion.needs`).
 SIGNALS = (None, "influence", "entropies", "rng")
+
+
+def as_in_training(name: str):
+    """The field of a training run's settings: its default and help."""
+    trained = AttnRLConfig.__dataclass_fields__[name]
+    return field(default=trained.default, metadata=trained.metadata)
 
 
 @dataclass
@@ -41,22 +47,14 @@ class BranchingArguments:
     )
     num_rollouts: int = field(default=4, metadata={"help": "Initial rollouts per prompt (G; 6 in training)."})
     num_branch_points: int = field(default=2, metadata={"help": "Branch points per rollout (N)."})
-    rollouts_per_branch: int = field(default=2, metadata={"help": "Continuations per branch point (T)."})
+    rollouts_per_branch: int = as_in_training("rollouts_per_branch")
     branch_top_fraction: float = field(default=0.2, metadata={"help": "Share of the steps that are candidates (ρ)."})
-    min_branch_spacing: int = field(
-        default=512, metadata={"help": "Tokens between two branch points, and before the first."}
-    )
-    influence_delta: int = field(
-        default=4, metadata={"help": "Influence counts the attention from steps at least this much later (Δ)."}
-    )
-    influence_aggregation: str = field(
-        default="sum", metadata={"help": "Influence is the 'sum' (published) or the 'mean' over later steps."}
-    )
-    step_mode: str = field(
-        default="paragraphs", metadata={"help": "Steps end at 'paragraphs' (published), 'lines' or 'sentences'."}
-    )
-    end_of_thinking: str = field(default=END_OF_THINKING, metadata={"help": "Text that ends the thinking part."})
-    max_completion_length: int = field(default=8192, metadata={"help": "Tokens per completion at most."})
+    min_branch_spacing: int = as_in_training("min_branch_spacing")
+    influence_delta: int = as_in_training("influence_delta")
+    influence_aggregation: str = as_in_training("influence_aggregation")
+    step_mode: str = as_in_training("step_mode")
+    end_of_thinking: str = as_in_training("end_of_thinking")
+    max_completion_length: int = as_in_training("max_completion_length")
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, above 0."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling threshold."})
     seed: int = field(default=0, metadata={"help": "Of sampling, random steps and the bootstrap."})

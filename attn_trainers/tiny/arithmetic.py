@@ -112,8 +112,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Lossless word-level tokenizer in which a number, a sign and a blank line are one token each."""
     words = ["<pad>", "<eos>", "<unk>", "<think>", "</think>", "\n\n", "\n", "\\boxed{", "}", RECHECK]
     words += [" + ", " - ", " = "] + [str(n) for n in range(MAX_VALUE + 1)]
+    return word_tokenizer(words, rf"\n\n|\n|</?think>|\\boxed\{{|\}}|{RECHECK}| [+=-] |\d+")
+
+
+def word_tokenizer(words: list[str], pattern: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words, `<pad>`, `<eos>` and `<unk>` among them, that finds them by a pattern."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    pattern = rf"\n\n|\n|</?think>|\\boxed\{{|\}}|{RECHECK}| [+=-] |\d+"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -208,15 +212,19 @@ def _batches(settings: WarmStart, tokenizer: PreTrainedTokenizerFast, exclude: s
             rows = sorted(islice(solutions, BUCKETS * settings.batch_size), key=lambda row: len(row[0]))
             queue = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
             rng.shuffle(queue)
-        rows = queue.pop()
-        width = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)  # (B, T)
-        labels = torch.full((len(rows), width), -100)  # (B, T)
-        for i, (ids, prompt_length) in enumerate(rows):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-        attention_mask = (input_ids != tokenizer.pad_token_id).long()  # (B, T)
-        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = padded(queue.pop(), tokenizer.pad_token_id)
+        yield batch | {"attention_mask": (batch["input_ids"] != tokenizer.pad_token_id).long()}  # (B, T)
+
+
+def padded(rows: list[tuple[list[int], int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows of token ids with the length of their prompt, padded on the right: `input_ids` and `labels`, (B, T)."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (ids, prompt_length) in enumerate(rows):
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def warm_start(settings: WarmStart, cache_dir: str | Path, exclude: set[str] = frozenset()) -> Path:

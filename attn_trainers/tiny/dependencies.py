@@ -11,10 +11,9 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .arithmetic import CHAT_TEMPLATE
+from .arithmetic import word_tokenizer
 
 
 MODULUS = 10
@@ -237,15 +236,4 @@ def build_dependency_tokenizer() -> PreTrainedTokenizerFast:
     """Lossless word-level tokenizer: a variable (with the space before it), a digit and a sign are one token each."""
     words = ["<pad>", "<eos>", "<unk>", "<think>", "</think>", "\n\n", "\\boxed{", "}", RECHECK, ";", "?"]
     words += [" +", " -", " ="] + [str(n) for n in range(MODULUS)] + [f" {name}" for name in NAMES]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    pattern = rf"\n\n|</?think>|\\boxed\{{|\}}|{RECHECK}| [-+=]|[;?]|\d| [a-z]"
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return word_tokenizer(words, rf"\n\n|</?think>|\\boxed\{{|\}}|{RECHECK}| [-+=]|[;?]|\d| [a-z]")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from .arithmetic import fit, save_finished
+from .arithmetic import fit, padded, save_finished
 from .byte_model import small_config
 from .dependencies import (
     DependencyProblem,
@@ -107,12 +107,7 @@ def _batches(settings: DependencyStart, tokenizer: PreTrainedTokenizerFast, excl
                 break
             rows.append(row)
             width = max(width, len(row[0]))
-        input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)  # (B, T)
-        labels = torch.full((len(rows), width), -100)  # (B, T)
-        for i, (ids, prompt_length) in enumerate(rows):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-        yield {"input_ids": input_ids, "labels": labels}  # no mask: padding is on the right, where no token sees it
+        yield padded(rows, tokenizer.pad_token_id)  # no mask: padding is on the right, where no token sees it
 
 
 def dependency_warm_start(settings: DependencyStart, cache_dir: str | Path, exclude: set[str] = frozenset()) -> Path:
