@@ -291,3 +291,11 @@ def test_the_servers_endpoints_are_where_they_are_called():
 
     routes = {route.path for module in (cache, weights, rpc) for route in module.router.routes}
     assert {"/reset_prefix_cache", "/weight_info", "/update_weight_version", "/collective_rpc"} <= routes
+
+
+def test_bars_go_where_trl_and_vllm_take_them():
+    llm = pytest.importorskip("vllm").LLM
+    annotation = str(inspect.signature(llm.generate).parameters["use_tqdm"].annotation)
+    assert "Callable" in annotation
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert source.count("zip(self.reward_funcs,") == source.count("self.reward_funcs,") == 1

@@ -31,6 +31,8 @@ class ProgressMixin:
         return tqdm(items, desc=what, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=hidden)
 
     def _calculate_rewards(self, *args, **kwargs):
+        if not self.shows_progress:
+            return super()._calculate_rewards(*args, **kwargs)
         functions = self.reward_funcs
         self.reward_funcs = self.progress(functions, "Reward functions")  # TRL goes through them once
         try:
