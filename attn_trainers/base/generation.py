@@ -105,6 +105,7 @@ class GenerationMixin:
         finally:
             args.use_vllm = True
         self.use_vllm = True
+        check_tied_ends(self.model)
         self.vllm_generation = self._server_generation()
         self._last_loaded_step = -1
 
@@ -113,6 +114,7 @@ class GenerationMixin:
         args = self.args
         settings = ServerSettings(
             weight_sync=args.weight_sync_path(self.accelerator.device.type),
+            lora_sync=args.lora_sync,
             folder=Path(args.weight_sync_dir or Path(args.output_dir) / "server_weights"),
             request_seconds=args.vllm_server_request_timeout,
             output_dir=args.output_dir,
