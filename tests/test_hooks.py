@@ -251,8 +251,13 @@ def test_the_engine_is_made_by_a_name_that_can_stand_for_another_and_asked_witho
 
 def test_a_mixture_of_experts_that_has_a_kernel_takes_new_weights_for_packed_ones():
     pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts, FusedMoEKernel
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+    # What packs has this method: experts and methods, not the kernel around the experts.
+    kinds = (QuantizeMethodBase, FusedMoEExperts, FusedMoEKernel)
+    assert [hasattr(kind, "process_weights_after_loading") for kind in kinds] == [True, True, False]
     source = inspect.getsource(UnquantizedFusedMoEMethod._setup_kernel)
     assert "is_weight_update = self.moe_kernel is not None" in source and "if not is_weight_update:" in source
 

@@ -1,6 +1,7 @@
-"""A LoRA that travels to a colocated vLLM engine as an adapter: nothing is merged, and only the adapter is pushed.
+"""A LoRA that travels to vLLM as an adapter: nothing is merged, and only the adapter is pushed.
 
-vLLM reads adapters from a folder alone, so each push writes one for the moment. What vLLM would ignore or refuse in an
+vLLM reads adapters from a folder alone, so each push writes one for the moment, for a colocated engine here and for a
+server in `attn_trainers.base.server`. What vLLM would ignore or refuse in an
 adapter is found beforehand; such a run pushes merged weights instead, and says why.
 """
 
@@ -10,20 +11,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from trl.generation import vllm_generation as trl_vllm
 from trl.generation.vllm_generation import VLLMGeneration
+
+from ..sampling.server import ADAPTER_RANKS, engine_rank
 
 
 logger = logging.getLogger(__name__)
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that a vLLM engine can be set to
 # Fields of a LoRA that vLLM takes as they are, or that leave the adapter's weights what they are.
 UNDERSTOOD = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -38,8 +41,8 @@ def lora_hindrance(config: LoraConfig) -> str | None:
     """What in a LoRA's settings vLLM would ignore or refuse, as `field=value` with the reason; `None` for nothing."""
     if not isinstance(config, LoraConfig):
         return f"peft_type={config.peft_type.value!r} is no LoRA"
-    if config.r > RANKS[-1]:
-        return f"r={config.r} is above {RANKS[-1]}"
+    if config.r > ADAPTER_RANKS[-1]:
+        return f"r={config.r} is above {ADAPTER_RANKS[-1]}"
     if config.init_lora_weights not in UNCHANGED_BASES:
         return f"init_lora_weights={config.init_lora_weights!r} changes the base model"
     for field in fields(LoraConfig):
@@ -84,12 +87,12 @@ def supports_lora(architectures: list[str] | None) -> bool:
     return any(supports_lora(model.load_model_cls()) for model in known)
 
 
-def adapter_hindrance(model: nn.Module, options: dict, is_sharded: bool) -> str | None:
+def adapter_hindrance(model: nn.Module, options: dict | None, is_sharded: bool) -> str | None:
     """Why the weights of a model cannot travel as an adapter; `None` if they can.
 
     Args:
         model: that is trained.
-        options: of the engine.
+        options: of the engine; `None` for a server, which says itself what it takes.
         is_sharded: whether FSDP splits the adapter's own weights.
     """
     if not is_peft_model(model):
@@ -102,6 +105,8 @@ def adapter_hindrance(model: nn.Module, options: dict, is_sharded: bool) -> str 
         return "it adapts the embeddings or the output head"
     if is_sharded:
         return "FSDP shards it"
+    if options is None:
+        return None
     if options.get("enable_sleep_mode"):
         return "vllm_enable_sleep_mode=True discards the engine's weights, so that all must be pushed"
     if not supports_lora(model.config.architectures):
@@ -149,8 +154,7 @@ def adapter_engine(trainer) -> Iterator[None]:
             return plain(**options)
         logger.info("LoRA goes to vLLM as an adapter.")
         rank = trainer.model.peft_config[trainer.model.active_adapters[0]].r
-        max_rank = next(size for size in RANKS if size >= rank)
-        return adapter_llm()(**options, enable_lora=True, max_lora_rank=max_rank, max_loras=1)
+        return adapter_llm()(**options, enable_lora=True, max_lora_rank=engine_rank(rank), max_loras=1)
 
     trl_vllm.LLM = build
     try:
@@ -164,6 +168,22 @@ def takes_adapter(vllm_generation: VLLMGeneration) -> bool:
     return vllm_generation.mode == "colocate" and hasattr(vllm_generation.llm, "adapter")
 
 
+def adapter_weights(vllm_generation: VLLMGeneration) -> dict[str, Tensor]:
+    """The trained adapter's weights by PEFT's names, on the CPU; a collective."""
+    model = vllm_generation.model
+    (name,) = model.active_adapters
+    trained = [parameter for key, parameter in model.named_parameters() if model.prefix in key]
+    with vllm_generation._dist.gather_params(trained):
+        weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        return {key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in weights.items()}
+
+
+def save_adapter(model: nn.Module, weights: dict[str, Tensor], folder: str | Path) -> None:
+    """Write an adapter as vLLM reads it."""
+    save_file(weights, f"{folder}/adapter_model.safetensors")
+    model.peft_config[model.active_adapters[0]].save_pretrained(str(folder))
+
+
 def push_adapter(vllm_generation: VLLMGeneration) -> None:
     """Put the trained adapter into the engine, in place of the one before; every rank into its own.
 
@@ -172,15 +192,10 @@ def push_adapter(vllm_generation: VLLMGeneration) -> None:
     """
     from vllm.lora.request import LoRARequest
 
-    model, llm = vllm_generation.model, vllm_generation.llm
-    (name,) = model.active_adapters
-    trained = [parameter for key, parameter in model.named_parameters() if model.prefix in key]
-    with vllm_generation._dist.gather_params(trained):
-        weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        weights = {key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in weights.items()}
+    llm = vllm_generation.llm
+    weights = adapter_weights(vllm_generation)
     with tempfile.TemporaryDirectory() as folder:
-        save_file(weights, f"{folder}/adapter_model.safetensors")
-        model.peft_config[name].save_pretrained(folder)
+        save_adapter(vllm_generation.model, weights, folder)
         try:
             llm.llm_engine.add_lora(LoRARequest("trained", 1, folder, load_inplace=True))
         except ValueError as error:

@@ -31,8 +31,8 @@ class MethodConfig(GRPOConfig):
         accuracy_reward (`str`, *optional*):
             Name of the reward function that says whether a response is correct. Default: the first.
         lora_sync (`str`, *optional*, defaults to `"auto"`):
-            How a LoRA goes to vLLM: by itself (`"adapter"`, colocate only), merged into the whole weights
-            (`"merged"`), or as an adapter where vLLM takes it (`"auto"`).
+            How a LoRA goes to vLLM: by itself (`"adapter"`), merged into the whole weights (`"merged"`), or as an
+            adapter where vLLM takes it (`"auto"`).
 
         > Parameters that control reports
 
@@ -88,10 +88,10 @@ class MethodConfig(GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choices(self, {"lora_sync": LORA_SYNCS})
-        if self.lora_sync == "adapter" and not (self.use_vllm and self.vllm_mode == "colocate"):
+        if self.lora_sync == "adapter" and not self.use_vllm:
             raise ValueError(
-                f"lora_sync='adapter' does not go with use_vllm={self.use_vllm}, vllm_mode={self.vllm_mode!r}: an "
-                "adapter goes to a colocated engine only; set lora_sync to 'auto'."
+                f"lora_sync='adapter' does not go with use_vllm={self.use_vllm}: no engine takes an adapter; set "
+                "lora_sync to 'auto'."
             )
         if not self.end_of_thinking:
             raise ValueError(

@@ -9,10 +9,13 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 
 from torch import Tensor, nn
 
 
+_PACKS = "process_weights_after_loading"  # vLLM's name for it, on whatever packs weights
+_NO_KERNEL = (type, nn.Module, Tensor, FunctionType)
 # vLLM reports at each reload what shares or renames its weights as if it were missing.
 _TALKATIVE = ("vllm.model_executor.model_loader.reload.layerwise", "vllm.v1.worker.gpu_model_runner")
 
@@ -26,25 +29,61 @@ def reload_packed_weights(llm, weights: Iterable[tuple[str, Tensor]]) -> None:
     """
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     model = runner.get_model()
-    forget_kernels(model)
-    with _quiet():
+    with kernels_made_anew(model), _quiet():
         runner.reload_weights(weights_iterator=weights)
     for module in sharing_weights(model):
         module.quant_method.process_weights_after_loading(module)
-    if hasattr(model, "process_weights_after_loading"):  # of a whole model: called at the start, but not at a reload
+    if hasattr(model, _PACKS):  # of a whole model: called at the start, but not at a reload
         model.process_weights_after_loading()
     llm.reset_prefix_cache()
 
 
-def forget_kernels(model: nn.Module) -> None:
-    """Let mixtures of experts make their kernels again.
+@contextmanager
+def kernels_made_anew(model: nn.Module) -> Iterator[None]:
+    """Context of a reload in which modules have no kernel, and so make one as at the engine's start.
 
-    A mixture that has a kernel takes new weights for packed ones, and would multiply by what is not packed.
+    A mixture of experts that has a kernel takes new weights for packed ones, and would multiply by what is not packed.
+    A kernel that the reload does not make again, as the module was given no weights, is put back.
     """
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
+    kept = [
+        (method, name, value)
+        for method in filter(None, map(_quant_method, model.modules()))
+        for name, value in vars(method).items()
+        if holds_packer(value)
+    ]
+    for method, name, _ in kept:
+        setattr(method, name, None)
+    try:
+        yield
+    finally:
+        for method, name, value in kept:
+            if getattr(method, name) is None:
+                setattr(method, name, value)
+
+
+def holds_packer(value: object) -> bool:
+    """Whether an object was built around something that packs weights, however deep inside.
+
+    What packs by itself is not meant: its owner has it since before the weights came, and has it pack each time.
+    """
+    if isinstance(value, _NO_KERNEL) or hasattr(type(value), _PACKS):
+        return False
+    inside, seen = [value], {id(value)}
+    for one in inside:  # grows
+        for held in getattr(one, "__dict__", {}).values():
+            if id(held) in seen or isinstance(held, _NO_KERNEL):
+                continue
+            if hasattr(type(held), _PACKS):
+                return True
+            seen.add(id(held))
+            inside.append(held)
+    return False
+
+
+def _quant_method(module: nn.Module) -> object | None:
+    """What packs a module's weights; `None` if nothing does."""
+    method = getattr(module, "quant_method", None)
+    return method if hasattr(method, _PACKS) else None
 
 
 def sharing_weights(model: nn.Module) -> list[nn.Module]:
@@ -58,9 +97,7 @@ def sharing_weights(model: nn.Module) -> list[nn.Module]:
             if parameter.numel():
                 owners[parameter.data_ptr()].append(module)
     shared = [module for modules in owners.values() if len(modules) > 1 for module in modules]
-    return [
-        module for module in shared if hasattr(getattr(module, "quant_method", None), "process_weights_after_loading")
-    ]
+    return [module for module in shared if _quant_method(module) is not None]
 
 
 @contextmanager

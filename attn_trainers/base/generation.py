@@ -8,6 +8,7 @@ continuation may only use what its prefix left of the completion budget. `Genera
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ class GenerationMixin(ProgressMixin):
         finally:
             args.use_vllm = True
         self.use_vllm = True
+        check_tied_ends(self.model)
         self.vllm_generation = self._server_generation()
         self._last_loaded_step = -1
 
@@ -117,10 +119,12 @@ class GenerationMixin(ProgressMixin):
         args = self.args
         settings = ServerSettings(
             weight_sync=args.weight_sync_path(self.accelerator.device.type),
+            lora_sync=args.lora_sync,
             folder=Path(args.weight_sync_dir or Path(args.output_dir) / "server_weights"),
             request_seconds=args.vllm_server_request_timeout,
             output_dir=args.output_dir,
-            vocab_size=self.model.config.get_text_config().vocab_size,
+            # A server with a smaller vocabulary refuses the last token of this one.
+            probe=lambda: [*self._probe, self.model.config.get_text_config().vocab_size - 1],
             trainer_logps=self._sequence_logps,
             progress=self.progress,
         )
@@ -193,17 +197,22 @@ class GenerationMixin(ProgressMixin):
             self.temperature = temperature
         return logps[0].float().tolist()
 
+    @cached_property
+    def _probe(self) -> list[int]:
+        """The start of the training data, which an engine can take: it samples one token more."""
+        tokens = probe_tokens((example["prompt"] for example in self.train_dataset), self._tokenizer)
+        return tokens[: (self.args.vllm_max_model_length or len(tokens) + 1) - 1]
+
     def _probe_engine(self) -> torch.Tensor:
         """Log-probs (T - 1,) of the probe in vLLM."""
         engine = self.vllm_generation
         if engine.enable_sleep_mode:
             engine.llm.wake_up(tags=["kv_cache"])
-        return engine_logps(engine.llm, probe_tokens(len(self._tokenizer), engine.max_model_length))
+        return engine_logps(engine.llm, self._probe)
 
     def _check_sync(self, as_loaded: torch.Tensor | None) -> None:
         """Compare vLLM with the trainer after the first push; all ranks end alike."""
-        tokens = probe_tokens(len(self._tokenizer), self.vllm_generation.max_model_length)
-        own = torch.tensor(self._sequence_logps(tokens))  # (T - 1,)
+        own = torch.tensor(self._sequence_logps(self._probe))  # (T - 1,)
         before = None if as_loaded is None else (as_loaded - own).abs().mean().item()
         readings = SyncReadings((self._probe_engine() - own).abs().mean().item(), before, own.std().item())
         if self.max_over_ranks(not readings.is_right):

@@ -13,19 +13,21 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from torch import Tensor
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..sampling.requests import GeneratedTokens, GenerationRequest, Progress, without_progress
-from ..sampling.server import Sampling, ServerError, ServerFault, TokenGate, VLLMServer, probe_tokens
+from ..sampling.server import Sampling, ServerError, ServerFault, TokenGate, VLLMServer
+from .adapter_sync import adapter_hindrance, adapter_weights, save_adapter
 from .interruption import last_whole_checkpoint
-from .weight_files import remove_weights, write_weights
+from .weight_files import remove_weights, write_weights, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -40,19 +42,21 @@ class ServerSettings:
 
     Attributes:
         weight_sync: "nccl" or "disk".
+        lora_sync: "auto", "adapter" or "merged".
         folder: where weights are written for the server ("disk").
         request_seconds: how long one request may take.
         output_dir: of the run, whose last checkpoint an error names.
-        vocab_size: of the model that is trained.
+        probe: gives the sequence by whose log-probs weights are told apart.
         trainer_logps: log-probs of each token of a sequence but the first, under the trainer's weights; a collective.
         progress: shows how many samples the first rank has got.
     """
 
     weight_sync: str
+    lora_sync: str
     folder: Path
     request_seconds: float
     output_dir: str
-    vocab_size: int
+    probe: Callable[[], list[int]]
     trainer_logps: Callable[[Sequence[int]], list[float]]
     progress: Progress = without_progress
 
@@ -67,6 +71,11 @@ class AuthorizedClient(VLLMClient):
     def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0):
         self.session.headers.update(self._server.session.headers)
         self._server.wait()
+
+
+def largest_difference(logps: Sequence[float], others: Sequence[float]) -> float:
+    """Of log-probs of the same tokens; not a number where one of them is none."""
+    return torch.tensor(logps).sub(torch.tensor(others)).abs().max().item()
 
 
 class PendingSamples:
@@ -105,20 +114,22 @@ class ServerGeneration(VLLMGeneration):
         self.vllm_client: VLLMClient | None = None  # on the first rank, where weights go by NCCL
         self.version: str | None = None  # of the weights that the server holds; None: to be pushed
         self.pushes = 0
-        self._probe = probe_tokens(settings.vocab_size)
         self._probed: list[float] = []
+        self.by_adapter: bool | None = None  # how a LoRA travels; None before the first connection
+        self._base_probed: list[float] | None = None  # without the adapter
         self._is_checked = False
         super().__init__(mode="server", **kwargs)
 
     def _init_vllm(self) -> None:
         with self._telling():
-            self._on_first(self._connect)
+            self.by_adapter = self._on_first(self._connect)
         self._run = self._on_first(lambda: uuid.uuid4().hex[:12])  # no other run pushes a version of this name
         self.accelerator.wait_for_everyone()
 
     # ---- the server -------------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
+    def _connect(self) -> bool:
+        """Find the server, and what of it matters here; whether a LoRA goes to it as an adapter."""
         if self.server is None:
             url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
             self.server = VLLMServer(url, self.server_timeout, self.settings.request_seconds)
@@ -136,8 +147,33 @@ class ServerGeneration(VLLMGeneration):
             logger.warning(
                 "The vLLM server at %s has --logprobs-mode %s; it must be processed_logprobs.", self.server.url, mode
             )
+        by_adapter = self._takes_adapter()
         if self.settings.weight_sync == "nccl":
             self._open_communicator(config)
+        return by_adapter
+
+    def _takes_adapter(self) -> bool:
+        """Whether the model's LoRA goes to the server as an adapter; what was begun so goes on so.
+
+        Raises:
+            ServerError: if it must and cannot.
+        """
+        lora_sync = self.settings.lora_sync
+        if lora_sync == "merged" or self.by_adapter is False:
+            return False
+        hindrance = adapter_hindrance(self.model, None, self.accelerator.distributed_type == "FSDP")
+        if hindrance is None and self.settings.weight_sync == "nccl":
+            hindrance = "an adapter is read from a folder: set weight_sync='disk'"
+        if hindrance is None:
+            hindrance = self.server.adapter_hindrance(self.model.peft_config[self.model.active_adapters[0]].r)
+        if hindrance is not None and (lora_sync == "adapter" or self.by_adapter):
+            raise ServerError(
+                f"lora_sync={lora_sync!r} cannot send an adapter ({hindrance}); else set it to 'merged'."
+            )
+        if is_peft_model(self.model):
+            how = "as an adapter" if hindrance is None else f"merged into the weights: {hindrance}"
+            logger.info("LoRA goes to the vLLM server %s.", how)
+        return hindrance is None
 
     def _open_communicator(self, config: dict) -> None:
         """Join the server's workers by NCCL, anew after a restart."""
@@ -183,7 +219,7 @@ class ServerGeneration(VLLMGeneration):
                         raise ServerError(f"{fault} That was attempt {attempt} of {ATTEMPTS}.") from fault
                     if self.accelerator.is_main_process:
                         logger.warning("%s The weights are pushed again once it answers.", fault)
-                    self._on_first(self._connect)
+                    self.by_adapter = self._on_first(self._connect)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -199,6 +235,10 @@ class ServerGeneration(VLLMGeneration):
             )
             raise ServerError(f"{error} {way_on}") from error
 
+    @cached_property
+    def _probe(self) -> list[int]:
+        return self.settings.probe()
+
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def sync_weights(self) -> None:
@@ -210,7 +250,9 @@ class ServerGeneration(VLLMGeneration):
         self.pushes += 1
         version = f"{self._run}-{self.pushes}"
         self._on_first(lambda: self.server.set_weight_version(f"{version}-incomplete"))
-        if self.settings.weight_sync == "nccl":
+        if self.by_adapter:
+            self._push_adapter(version)
+        elif self.settings.weight_sync == "nccl":
             super().sync_weights()
         else:
             self._push_by_disk(version)
@@ -220,22 +262,33 @@ class ServerGeneration(VLLMGeneration):
         self.version = version
 
     def _push_by_disk(self, version: str) -> None:
-        """Through a folder that trainer and server see; an adapter's own files would be pushed here too."""
-        folder, first = self.settings.folder, self.accelerator.is_main_process
+        """Whole weights, through a folder that trainer and server see."""
+        first = self.accelerator.is_main_process
         dtype = self._dtype if first else torch.float32
-        path, problem = write_weights(folder, version, self._weights_for_files(), dtype, writes=first)
+        written = write_weights(self.settings.folder, version, self._weights_for_files(), dtype, writes=first)
+        self._on_first(lambda: self._have_read(*written, self.server.reload_weights))
 
-        def load() -> None:
-            if problem is not None:
-                raise ServerError(
-                    f"weight_sync_dir={folder}: the weights could not be written ({problem}); make room there."
-                )
-            try:
-                self.server.reload_weights(str(path.resolve()))
-            finally:
-                remove_weights(folder)
+    def _push_adapter(self, version: str) -> None:
+        """The adapter alone, through the same folder; its version is its name."""
+        weights = adapter_weights(self)
 
-        self._on_first(load)
+        def push() -> None:
+            written = write_whole(self.settings.folder, version, partial(save_adapter, self.model, weights))
+            self._have_read(*written, partial(self.server.load_adapter, version))
+
+        self._on_first(push)
+
+    def _have_read(self, path: Path, problem: Exception | None, read: Callable[[str], None]) -> None:
+        """Have the server read what was written for it, of which nothing is left then."""
+        folder = self.settings.folder
+        if problem is not None:
+            raise ServerError(
+                f"weight_sync_dir={folder}: the weights could not be written ({problem}); make room there."
+            )
+        try:
+            read(str(path.resolve()))
+        finally:
+            remove_weights(folder)
 
     def _weights_for_files(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by vLLM's names, with a tied output head of its own where vLLM packs a copy of it."""
@@ -248,14 +301,32 @@ class ServerGeneration(VLLMGeneration):
     def _seal(self, version: str) -> None:
         self.server.reset_prefix_cache()
         self._probed = self.server.logps(self._probe)
+        if self.by_adapter:
+            self._check_base()
         self.server.set_weight_version(version)
+
+    def _check_base(self) -> None:
+        """That what the adapter is laid on is what it was at the first push.
+
+        Raises:
+            ServerError: if not: pushes of the adapter would not bring it back.
+        """
+        probed = self.server.logps(self._probe, of_base=True)
+        self._base_probed = self._base_probed or probed
+        apart = largest_difference(probed, self._base_probed)
+        if not apart <= self._rounding:
+            raise ServerError(
+                f"the vLLM server at {self.server.url} has another base model than before (log-probs are off by "
+                f"{apart:.2g}), and with lora_sync={self.settings.lora_sync!r} only the adapter is pushed; start it "
+                "anew with the model that is trained, and let nobody else push weights to it."
+            )
 
     def _difference(self) -> str | None:
         """How the server's weights differ from those of the latest push; `None` where they do not."""
         version = self.server.weight_version()
         if version != self.version:
             return f"it has weights of version {version!r} in place of {self.version!r}"
-        apart = max(abs(a - b) for a, b in zip(self.server.logps(self._probe), self._probed, strict=True))
+        apart = largest_difference(self.server.logps(self._probe), self._probed)
         if not apart <= self._rounding:
             return f"its log-probs are off by {apart:.2g} from those after the push"
         return None

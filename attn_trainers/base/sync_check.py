@@ -6,28 +6,44 @@ trains.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, cycle, islice
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 PROBE_TOKENS = 48
+PROBE_PROMPTS = 8
 # Largest share of the spread of the probe's log-probs by which engine and trainer may differ: rounding in bfloat16
 # leaves below 0.01.
 TOLERANCE = 0.05
 
 
-def probe_tokens(vocab_size: int, max_length: int | None) -> list[int]:
-    """Tokens from all over the vocabulary, the same in every process.
+def probe_tokens(prompts: Iterable[str | list[dict]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of what the prompts say, one after the other and from the start again, until there are enough.
+
+    A probe must be text of the kind that the model knows. On tokens drawn at random rounding is no longer small:
+    Qwen2.5-Coder-0.5B in bfloat16 is off by 4.4 nats there, on a problem of GSM8K by 0.03.
 
     Args:
-        vocab_size: tokens of the tokenizer.
-        max_length: of a sequence in the engine, which samples one token behind the probe.
+        prompts: of the run, as TRL takes them; the first few are enough.
+        tokenizer: of the model.
     """
-    length = min(PROBE_TOKENS, (max_length or PROBE_TOKENS + 1) - 1)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+    text = " ".join(_said(prompt) for prompt in islice(prompts, PROBE_PROMPTS))
+    tokens = tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+    return list(islice(cycle(tokens), PROBE_TOKENS))
+
+
+def _said(prompt: str | list[dict]) -> str:
+    """The text of a prompt, without roles and templates."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message.get("content") or "" for message in prompt]
+    blocks = chain.from_iterable([{"text": c}] if isinstance(c, str) else c for c in contents)
+    return " ".join(block.get("text") or "" for block in blocks)
 
 
 def engine_logps(llm, tokens: list[int]) -> Tensor:

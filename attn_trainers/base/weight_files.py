@@ -1,7 +1,7 @@
 """Weights that travel as files: written whole or not at all, for a server that sees the same folder."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -75,6 +75,30 @@ def write_weights(
     if problem is not None:
         shutil.rmtree(partial, ignore_errors=True)
     return whole, problem
+
+
+def write_whole(folder: Path, name: str, write: Callable[[Path], None]) -> tuple[Path, Exception | None]:
+    """Have something written into a new folder of `folder`, which has its name once it is whole.
+
+    As `write_weights`, whose folders it shares, for what one rank has at hand.
+
+    Args:
+        folder: see there.
+        name: see there.
+        write: gets the folder to write into.
+    """
+    whole = folder / f"{PREFIX}{name}"
+    partial = folder / f"{PREFIX}{name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_weights(folder)
+        partial.mkdir()
+        write(partial)
+        partial.rename(whole)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        return whole, error
+    return whole, None
 
 
 def remove_weights(folder: Path) -> None:

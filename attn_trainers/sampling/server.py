@@ -2,18 +2,18 @@
 
 vLLM's server keeps a version of its weights that whoever pushes them sets, and that a restart forgets
 (`/weight_info`, `/update_weight_version`; vLLM 0.31 with `VLLM_SERVER_DEV_MODE=1`). Those who push without setting it
-are seen by a probe: the log-probs of a fixed sequence, which hang on all weights.
+are seen by a probe: the log-probs of a fixed sequence, which hang on all weights. An adapter has its version for its
+name: each request asks for it by that, and each answer repeats it.
 """
 
 import math
 import os
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import requests
@@ -27,8 +27,11 @@ CONNECTIONS = 64
 TRIES, PAUSE = 3, 0.5
 CONTROL_SECONDS = 30.0  # for a request that computes next to nothing
 HEALTH_SECONDS = 5.0
-PROBE_LENGTH = 32
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that a vLLM engine can be set to
+
+_LOADS_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+_SAYS_SO_IN_WORDS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # and not in JSON
 _DEVELOPMENT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment (vLLM 0.31 or later)"
 
 
@@ -40,6 +43,10 @@ class ServerFault(ServerError):
     """What may pass: the server is away, or failed at a request."""
 
 
+class NotThere(ServerError):
+    """The server does not know what it was asked for."""
+
+
 def group_requests(batch: Sequence[GenerationRequest]) -> list[list[int]]:
     """Indices of the requests of each POST: those with a seed alone, others of equal prompt and limit together."""
     groups: dict[object, list[int]] = {}
@@ -49,9 +56,9 @@ def group_requests(batch: Sequence[GenerationRequest]) -> list[list[int]]:
     return list(groups.values())
 
 
-def probe_tokens(vocab_size: int) -> list[int]:
-    """A fixed sequence over a vocabulary."""
-    return [random.Random(position).randrange(vocab_size) for position in range(PROBE_LENGTH)]
+def engine_rank(rank: int) -> int:
+    """Least rank that an engine can be set to and that has room for an adapter of a rank."""
+    return next(size for size in ADAPTER_RANKS if size >= rank)
 
 
 class TokenGate:
@@ -121,6 +128,8 @@ class VLLMServer:
         if api_key:
             self.session.headers["Authorization"] = f"Bearer {api_key}"
         self.model: str | None = None
+        self.adapter: str | None = None  # that is sampled with
+        self._info: dict = {}
         self.gate = TokenGate(None)
         self._workers: Workers | None = None
 
@@ -145,9 +154,10 @@ class VLLMServer:
                 "--api-key."
             )
         if answer.status_code != 200:
-            raise ServerError(
-                f"the vLLM server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}"
-            )
+            kind = NotThere if answer.status_code == 404 else ServerError
+            raise kind(f"the vLLM server at {self.url} answered {answer.status_code} to {path}: {answer.text[:300]}")
+        if path in _SAYS_SO_IN_WORDS:
+            return {}
         try:
             return answer.json() if answer.content else {}
         except ValueError as error:
@@ -194,18 +204,32 @@ class VLLMServer:
             raise ServerError(f"the vLLM server at {self.url} serves no model.")
         self.model = models[0]["id"]
         # The first time it looks at its whole environment.
-        info = self._development("GET", "/server_info", seconds=4 * CONTROL_SECONDS, params={"config_format": "json"})
-        return info["vllm_config"]
+        params = {"config_format": "json"}
+        self._info = self._development("GET", "/server_info", seconds=4 * CONTROL_SECONDS, params=params)
+        return self._info["vllm_config"]
+
+    def adapter_hindrance(self, rank: int) -> str | None:
+        """Why the server takes no adapter of a rank, and how it would; `None` if it does. After `connect`."""
+        lora = self._info["vllm_config"].get("lora_config")
+        if lora is None or not self._info.get("vllm_env", {}).get(_LOADS_ADAPTERS):
+            return (
+                f"the vLLM server at {self.url} takes no adapters: start it with --enable-lora --max-lora-rank "
+                f"{engine_rank(rank)} and {_LOADS_ADAPTERS}=1 in its environment"
+            )
+        if lora["max_lora_rank"] < rank:
+            return (
+                f"the vLLM server at {self.url} takes adapters up to rank {lora['max_lora_rank']}: start it with "
+                f"--max-lora-rank {engine_rank(rank)}"
+            )
+        if lora.get("target_modules"):
+            return f"the vLLM server at {self.url} leaves out parts of it: start it without --lora-target-modules"
+        return None
 
     def _development(self, method: str, path: str, **kwargs) -> dict:
         try:
             return self._call(method, path, **kwargs)
-        except ServerFault:
-            raise
-        except ServerError as error:
-            if " 404 " in str(error):
-                raise ServerError(f"the vLLM server at {self.url} has no {path}; {_DEVELOPMENT}.") from error
-            raise
+        except NotThere as error:
+            raise ServerError(f"the vLLM server at {self.url} has no {path}; {_DEVELOPMENT}.") from error
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -220,6 +244,26 @@ class VLLMServer:
         """Load the safetensors files of a folder that the server sees."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         self._development("POST", "/collective_rpc", seconds=self.request_seconds, body=body, tries=1)
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Sample with an adapter of a folder that the server sees, in place of the one before.
+
+        The one before goes first, with what is still sampled with it: vLLM would look for its files again.
+
+        Args:
+            name: new to the server.
+            folder: has the files as PEFT writes them.
+        """
+        former, self.adapter = self.adapter, name
+        if former is not None:
+            with suppress(NotThere):  # a server that was restarted
+                self._call("POST", "/v1/unload_lora_adapter", body={"lora_name": former})
+        self._development("POST", "/abort_requests", body={})
+        body = {"lora_name": name, "lora_path": folder}
+        try:
+            self._call("POST", "/v1/load_lora_adapter", seconds=self.request_seconds, body=body, tries=1)
+        except NotThere as error:
+            raise ServerError(f"the vLLM server at {self.url} does not see the folder {folder}.") from error
 
     def reset_prefix_cache(self) -> None:
         """Drop what was computed with other weights.
@@ -236,12 +280,31 @@ class VLLMServer:
             f"the vLLM server at {self.url} could not drop its prefix cache: someone else samples there."
         )
 
-    def logps(self, tokens: Sequence[int]) -> list[float]:
-        """Log-probs of each token of a sequence but the first, under the server's weights, without temperature."""
-        body = {"model": self.model, "prompt": list(tokens), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
-        choice = self._call("POST", "/v1/completions", seconds=self.request_seconds, body=body)["choices"][0]
+    def logps(self, tokens: Sequence[int], of_base: bool = False) -> list[float]:
+        """Log-probs of each token of a sequence but the first, under the server's weights, without temperature.
+
+        Args:
+            tokens: (T,).
+            of_base: whether the adapter is left out.
+        """
+        body = {"prompt": list(tokens), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+        choice = self._complete(body, None if of_base else self.adapter)["choices"][0]
         listed = choice["prompt_logprobs"][1:]
         return [_number(one.get(str(token), {}).get("logprob")) for one, token in zip(listed, tokens[1:], strict=True)]
+
+    def _complete(self, body: Mapping, adapter: str | None) -> dict:
+        """The answer to a completion request, by the adapter that was asked for or none."""
+        model = adapter or self.model
+        body = {"model": model, **body}
+        try:
+            answer = self._call("POST", "/v1/completions", seconds=self.request_seconds, body=body)
+        except NotThere as error:
+            if adapter is None:
+                raise
+            raise ServerFault(f"the vLLM server at {self.url} has lost the adapter {adapter}.") from error
+        if adapter is not None and answer.get("model") != adapter:
+            raise ServerFault(f"the vLLM server at {self.url} sampled with {answer.get('model')!r}, not {adapter!r}.")
+        return answer
 
     # ---- samples ----------------------------------------------------------------------------------------------------
 
@@ -259,17 +322,16 @@ class VLLMServer:
             self._workers = Workers(CONNECTIONS)
         groups = group_requests(batch)
         futures = [
-            self._workers.submit(partial(self._sample, [batch[i] for i in group], settings, version))
+            self._workers.submit(partial(self._sample, [batch[i] for i in group], settings, version, self.adapter))
             for group in groups
         ]
         return Sampling(groups, futures)
 
     def _sample(
-        self, group: Sequence[GenerationRequest], settings: Mapping, version: str | None
+        self, group: Sequence[GenerationRequest], settings: Mapping, version: str | None, adapter: str | None
     ) -> list[GeneratedTokens]:
         first = group[0]
         body = {
-            "model": self.model,
             "prompt": first.prompt_ids,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -280,7 +342,7 @@ class VLLMServer:
         if first.seed is not None:
             body["seed"] = first.seed
         with self.gate.passed(0 if first.seed is None else len(first.prompt_ids)):
-            answer = self._call("POST", "/v1/completions", seconds=self.request_seconds, body=body)
+            answer = self._complete(body, adapter)
         choices = sorted(answer.get("choices") or [], key=lambda choice: choice["index"])
         if len(choices) != len(group):
             raise ServerFault(f"the vLLM server at {self.url} gave {len(choices)} of {len(group)} samples.")

@@ -128,8 +128,9 @@ def make_config(folder, **settings):
 
 
 @pytest.mark.parametrize("lora_sync", LORA_SYNCS)
-def test_every_value_is_taken_with_a_colocated_engine(tmp_path, lora_sync):
-    assert make_config(tmp_path, use_vllm=True, vllm_mode="colocate", lora_sync=lora_sync).lora_sync == lora_sync
+@pytest.mark.parametrize("vllm_mode", ["colocate", "server"])
+def test_every_value_is_taken_with_an_engine(tmp_path, lora_sync, vllm_mode):
+    assert make_config(tmp_path, use_vllm=True, vllm_mode=vllm_mode, lora_sync=lora_sync).lora_sync == lora_sync
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,6 @@ def test_every_value_is_taken_with_a_colocated_engine(tmp_path, lora_sync):
     [
         ({"lora_sync": "fused"}, "lora_sync='fused' is unknown; set it to one of auto, adapter, merged"),
         ({"lora_sync": "adapter"}, "lora_sync='adapter' does not go with use_vllm=False"),
-        ({"lora_sync": "adapter", "use_vllm": True, "vllm_mode": "server"}, "lora_sync='adapter' does not go with"),
     ],
 )
 def test_other_values_are_refused_by_name(tmp_path, settings, message):

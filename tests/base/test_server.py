@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 
 from attn_trainers.base import server as module
 from attn_trainers.base import weight_files
-from attn_trainers.base.server import ServerGeneration, ServerSettings
 from attn_trainers.base.weight_files import write_weights
 from attn_trainers.sampling import server as client_module
-from attn_trainers.sampling.requests import GenerationRequest, without_progress
+from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.sampling.server import ServerError
-from tests.fake_server import FakeServer
+from tests.fake_server import FakeServer, build_engine, logps_of
 
 
 VOCABULARY = 50
@@ -54,32 +53,10 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def make_engine(fake, tmp_path):
-    def make(
-        vocab_size=VOCABULARY,
-        trainer_logps=None,
-        model=None,
-        url=fake.url,
-        accelerator=None,
-        progress=without_progress,
-    ):
+    def make(trainer_logps=None, model=None, url=fake.url, **kwargs):
         model = model or Model()
-        settings = ServerSettings(
-            weight_sync="disk",
-            folder=tmp_path / "weights",
-            request_seconds=5.0,
-            output_dir=str(tmp_path),
-            vocab_size=vocab_size,
-            trainer_logps=trainer_logps or (lambda tokens: [-1.0 - (model.sum + t) % 7 for t in tokens[1:]]),
-            progress=progress,
-        )
-        return ServerGeneration(
-            settings,
-            model=model,
-            accelerator=accelerator or Accelerator(cpu=True),
-            processing_class=None,
-            server_base_url=url,
-            server_timeout=1.0,
-        )
+        logps = trainer_logps or (lambda tokens: logps_of(model.sum, tokens))
+        return build_engine(url, tmp_path, model, logps, **kwargs)
 
     return make
 
@@ -92,7 +69,9 @@ def expected(fake, weights):
     """Samples of given weights."""
     other = FakeServer(VOCABULARY)
     other.weights = weights
-    bodies = [{"prompt": r.prompt_ids, "n": 1, "max_tokens": r.max_tokens, "seed": r.seed} for r in REQUESTS]
+    bodies = [
+        {"model": "fake", "prompt": r.prompt_ids, "n": 1, "max_tokens": r.max_tokens, "seed": r.seed} for r in REQUESTS
+    ]
     tokens = [other.answer("/v1/completions", body)[1]["choices"][0]["token_ids"] for body in bodies]
     other.stop()
     return tokens
@@ -137,7 +116,7 @@ def test_samples_are_shown_where_they_are_waited_for(make_engine):
 
 
 def restart(fake):
-    fake.weights, fake.version = 0.0, "default"
+    fake.restart()
 
 
 def foreign_push(fake):
@@ -244,12 +223,12 @@ def test_a_server_that_is_not_there_at_the_start_is_named(make_engine):
 
 def test_a_smaller_vocabulary_is_refused(make_engine):
     with pytest.raises(ServerError, match="out of vocabulary"):
-        draw(make_engine(vocab_size=500))
+        draw(make_engine(probe=lambda: [1, 2, 499]))
 
 
 def test_another_model_is_refused_by_its_log_probs(make_engine):
     with pytest.raises(ServerError, match="off by 2 from the trainer's after equal weights were pushed"):
-        draw(make_engine(trainer_logps=lambda tokens: [-1.0 - (7.0 + t) % 7 + 2.0 for t in tokens[1:]]))
+        draw(make_engine(trainer_logps=lambda tokens: [logp + 2.0 for logp in logps_of(7.0, tokens)]))
 
 
 def test_a_full_folder_ends_in_one_error_and_leaves_nothing(make_engine, fake, tmp_path, monkeypatch):

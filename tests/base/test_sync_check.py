@@ -1,17 +1,35 @@
 """The check of a first push: its probe and its bounds."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from attn_trainers.base.sync_check import PROBE_TOKENS, SyncReadings, probe_tokens
 
 
-def test_the_probe_is_the_same_everywhere_and_fits_the_engine():
-    tokens = probe_tokens(1000, None)
-    assert tokens == probe_tokens(1000, 4096) and len(tokens) == PROBE_TOKENS
-    assert min(tokens) >= 0 and max(tokens) < 1000 and len(set(tokens)) > 40
-    assert probe_tokens(1000, 16) == tokens[:15]  # the engine samples one more
+def words(text: str, add_special_tokens: bool) -> SimpleNamespace:
+    """A tokenizer: one token a word, its length."""
+    assert not add_special_tokens
+    return SimpleNamespace(input_ids=[len(word) for word in text.split()])
+
+
+def test_the_probe_is_what_the_prompts_say():
+    plain = ["a bb ccc", "dddd"]
+    assert probe_tokens(plain, words) == [1, 2, 3, 4] * (PROBE_TOKENS // 4)
+    long = ["a bb " * PROBE_TOKENS]
+    assert probe_tokens(long, words) == [1, 2] * (PROBE_TOKENS // 2)
+    blocks = [{"type": "image"}, {"type": "text", "text": "ccc"}]
+    messages = [{"role": "system", "content": "a bb"}, {"role": "user", "content": blocks}]
+    assert probe_tokens([messages, "dddd"], words) == [1, 2, 3, 4] * (PROBE_TOKENS // 4)
+
+
+def test_prompts_without_text_have_a_probe_too():
+    def nothing(text: str, add_special_tokens: bool):
+        return SimpleNamespace(input_ids=[])
+
+    nothing.eos_token_id = 7
+    assert probe_tokens([[{"role": "assistant", "content": None}]], nothing) == [7] * PROBE_TOKENS
 
 
 @pytest.mark.parametrize(
