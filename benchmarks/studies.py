@@ -41,7 +41,7 @@ OUTCOME = {"num_branch_points": 0, "num_rollouts": 12}
 UNLIMITED = 100_000  # updates: the budget ends the run
 TREES = {"use_vllm": False, "max_steps": UNLIMITED, "disable_tqdm": True}
 DEPENDENCIES = {"task": "dependencies"}
-AT_TOKENS = {"budget": 1_500_000, "eval_every": 250_000}
+AT_TOKENS = {"budget": 600_000, "eval_every": 100_000}
 # As `recipes/attnpo_tiny.py` has it; its scales are in full force after 30 updates.
 ATTNPO = {"credit": "attnpo", "credit_step_mode": "paragraphs", "length_penalty": 0.4}
 ATTNPO |= {"schedule_fraction": 30 / UNLIMITED}

@@ -98,6 +98,8 @@ DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "gradient_accumulation_steps": 8,
     "max_completion_length": 352,
     "vllm_max_model_length": 512,
+    "temperature": 0.7,
+    "cache_implementation": None if HAS_CUDA else "static",  # see `attnrl_tiny.py`
     "num_probed": 300,
     "num_eval_problems": 100,
 }

@@ -71,6 +71,9 @@ DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "max_steps": 60,
     "max_completion_length": 352,
     "vllm_max_model_length": 512,
+    "temperature": 0.7,  # at 1 the warm start is right once in five
+    # A cache that grows is copied at each token, which on a CPU takes most of the sampling of answers this long.
+    "cache_implementation": None if HAS_CUDA else "static",
     "num_eval_problems": 100,
     "num_eval_samples": 2,
 }

@@ -106,6 +106,8 @@ DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "per_device_train_batch_size": 64,
     "max_steps": 60,
     "max_completion_length": 352,
+    "temperature": 0.7,
+    "cache_implementation": None if HAS_CUDA else "static",  # see `attnrl_tiny.py`
     "num_eval_problems": 100,
     "num_eval_samples": 2,
 }
