@@ -17,6 +17,7 @@ from trl.extras.profiling import profiling_context
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head
 
 from ..sampling.requests import GeneratedTokens, GenerationRequest, Progress, without_progress
 from ..sampling.transformers import generate_batch
@@ -187,15 +188,23 @@ class GenerationMixin(ProgressMixin):
         """
         ids = torch.tensor([list(tokens)], device=self.accelerator.device)  # (1, T)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        temperature, self.temperature = self.temperature, 1.0
-        try:
-            with torch.no_grad(), without_dropout(self.model), checkpointing:
-                logps, _, _ = super()._get_per_token_logps_and_entropies(
-                    self.model, ids, torch.ones_like(ids), ids.size(1) - 1, batch_size=1
-                )
-        finally:
-            self.temperature = temperature
+        with torch.no_grad(), without_dropout(self.model), checkpointing, self._at_temperature_1():
+            logps, _, _ = super()._get_per_token_logps_and_entropies(
+                self.model, ids, torch.ones_like(ids), ids.size(1) - 1, batch_size=1
+            )
         return logps[0].float().tolist()
+
+    @contextmanager
+    def _at_temperature_1(self) -> Iterator[None]:
+        """TRL's fused head divides by the temperature that it was made with: put another in its place for a while."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if is_peft_model(model) else model
+        forward = model.forward
+        add_fused_lm_head(model, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        try:
+            yield
+        finally:
+            model.forward = forward
 
     @cached_property
     def _probe(self) -> list[int]:

@@ -26,7 +26,7 @@ def probe_tokens(prompts: Iterable[str | list[dict]], tokenizer: PreTrainedToken
     """Tokens of what the prompts say, one after the other and from the start again, until there are enough.
 
     A probe must be text of the kind that the model knows. On tokens drawn at random rounding is no longer small:
-    Qwen2.5-Coder-0.5B in bfloat16 is off by 4.4 nats there, on a problem of GSM8K by 0.03.
+    bfloat16 moves the log-probs of Qwen2.5-Coder-0.5B by 0.57 nats there, and by 0.02 on problems of GSM8K.
 
     Args:
         prompts: of the run, as TRL takes them; the first few are enough.

@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from attn_trainers.base.adapter_sync import takes_adapter
 from attn_trainers.base.config import MethodConfig
 from attn_trainers.base.generation import GenerationMixin, vllm_generate
+from attn_trainers.base.sync_check import PROBE_TOKENS
 from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.sampling.vllm import Admission
 from attn_trainers.tiny.arithmetic import build_model
@@ -157,6 +158,25 @@ def test_seeds_make_samples_of_transformers_repeatable_in_any_batch(make_trainer
 def test_a_request_without_room_is_refused(make_trainer):
     with pytest.raises(ValueError, match="max_tokens=0 leaves nothing to generate"):
         make_trainer().generate_requests([GenerationRequest([20], max_tokens=0)])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_what_an_engine_is_compared_with_knows_no_temperature(make_trainer, lora):
+    trainer = make_trainer(temperature=0.7, peft_config=LoraConfig(r=2) if lora else None)
+    tokens = trainer._probe
+    assert len(tokens) == PROBE_TOKENS
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        logits = trainer.model(input_ids=ids).logits[0, :-1]  # (T - 1, V)
+    targets = ids[0, 1:, None]
+    expected = logits.log_softmax(-1).gather(-1, targets)[:, 0]
+    assert trainer._sequence_logps(tokens) == pytest.approx(expected.tolist(), rel=1e-5)
+    tempered = (logits / 0.7).log_softmax(-1).gather(-1, targets).T
+    with torch.no_grad():
+        trained, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.ones_like(ids), len(tokens) - 1
+        )
+    torch.testing.assert_close(trained, tempered)  # the head of the loss is back in its place
 
 
 def trainer_logps(trainer, request, token_ids):
