@@ -1,4 +1,4 @@
-"""The training runs that count, as a table: what `run_arms.py` runs; `docs/evidence_plan.md` has the reasons."""
+"""The training runs that count, as a table: what `run_arms.py` runs; `docs/evidence.md` has the reasons."""
 
 from dataclasses import dataclass
 
