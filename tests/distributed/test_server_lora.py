@@ -135,7 +135,7 @@ def test_a_recipe_goes_on_where_it_was(server, launch, tmp_path):
     fixed += "--num_rollouts 4 --num_branch_points 1 --rollouts_per_branch 1 --min_branch_spacing 0 "
     fixed += "--influence_delta 1 --max_completion_length 16 --learning_rate 1e-3 --logging_steps 1 --save_steps 2 "
     fixed += "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --generation_batch_size 32 "
-    fixed += "--vllm_max_model_length 128 --max_prompt_length 16 --gradient_checkpointing false --max_steps"
+    fixed += "--max_prompt_length 16 --gradient_checkpointing false --max_steps"
 
     def run(max_steps: int) -> dict:
         launch("cpu_ddp", ROOT / "recipes" / "attnrl_1p5b.py", *fixed.split(), max_steps)
