@@ -62,6 +62,7 @@ class FakeServer:
         weights: sum of the weights it was given last, 0 after a start.
         adapters: sum of the weights of each adapter, by its name; sampled with on top of `weights`.
         lora: what it says of adapters, `None` where it takes none.
+        max_model_len: what it says of the longest sequence.
         version: as vLLM keeps it.
         seen: path and body of each request.
         fails: called with path and number of the request; an HTTP status in place of an answer, or `None`. May raise
@@ -71,6 +72,7 @@ class FakeServer:
     def __init__(self, vocab_size: int = 50, port: int = 0, api_key: str | None = None):
         self.vocab_size, self.api_key = vocab_size, api_key
         self.lora: dict | None = None
+        self.max_model_len = 64
         self.restart()
         self.seen: list[tuple[str, dict | None]] = []
         self.fails: Callable[[str, int], int | None] = lambda path, number: None
@@ -130,10 +132,10 @@ class FakeServer:
             return self._complete(body)
         return 404, {}
 
-    @staticmethod
-    def _config() -> dict:
+    def _config(self) -> dict:
+        model = {"max_model_len": self.max_model_len, "dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}
         return {
-            "model_config": {"max_model_len": 64, "dtype": "torch.float32", "logprobs_mode": "processed_logprobs"},
+            "model_config": model,
             "device_config": {"device": "cpu"},
             "scheduler_config": {"max_num_batched_tokens": 256, "max_num_seqs": 64},
             "weight_transfer_config": None,

@@ -19,10 +19,11 @@ class RealServer:
     Args:
         model: folder of the model.
         log: file for what it prints.
+        lora_rank: of the largest adapter that it takes; without it, none.
     """
 
-    def __init__(self, model: Path, log: Path):
-        self.model, self.log = model, log
+    def __init__(self, model: Path, log: Path, lora_rank: int | None = None):
+        self.model, self.log, self.lora_rank = model, log, lora_rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -39,6 +40,9 @@ class RealServer:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
+        if self.lora_rank is not None:
+            command += ["--enable-lora", "--max-lora-rank", str(self.lora_rank)]
+            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

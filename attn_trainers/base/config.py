@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
@@ -133,6 +134,12 @@ class MethodConfig(GRPOConfig):
         if self.weight_sync == "auto":
             return "nccl" if device == "cuda" else "disk"
         return self.weight_sync
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank; a CPU without a number, with which `torch.load` would not know it at a resume."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def updates_per_batch(self) -> int:

@@ -117,7 +117,7 @@ class ServerGeneration(VLLMGeneration):
         self._probed: list[float] = []
         self.by_adapter: bool | None = None  # how a LoRA travels; None before the first connection
         self._base_probed: list[float] | None = None  # without the adapter
-        self._is_checked = False
+        self._is_checked = self._has_warned = False
         super().__init__(mode="server", **kwargs)
 
     def _init_vllm(self) -> None:
@@ -135,7 +135,13 @@ class ServerGeneration(VLLMGeneration):
             self.server = VLLMServer(url, self.server_timeout, self.settings.request_seconds)
         config = self.server.connect()
         self.server.weight_version()
-        self.max_length = config["model_config"]["max_model_len"]
+        self._length = config["model_config"]["max_model_len"]
+        if self.max_completion_length >= self._length:
+            raise ServerError(
+                f"the vLLM server at {self.server.url} has --max-model-len {self._length}, which leaves no room for a "
+                f"prompt beside max_completion_length={self.max_completion_length}; start it with a greater one, or "
+                "lower max_completion_length."
+            )
         self._dtype = getattr(torch, config["model_config"]["dtype"].removeprefix("torch."))
         self._is_on_cpu = config["device_config"]["device"] == "cpu"
         scheduler = config["scheduler_config"]
@@ -404,9 +410,23 @@ class ServerGeneration(VLLMGeneration):
         pending.version = self.version
 
         def send() -> None:
+            self._warn_of_cuts(pending.requests)
             pending.sampling = self.server.submit(pending.requests, self._sampling, pending.version)
 
         self._on_first(send)
+
+    def _warn_of_cuts(self, requests: Sequence[GenerationRequest]) -> None:
+        """Tell once of samples that the server ends before their limit, which it does in silence."""
+        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+        if longest > self._length and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "The vLLM server at %s has --max-model-len %d, and ends completions there that may be longer; start "
+                "it with at least %d.",
+                self.server.url,
+                self._length,
+                longest,
+            )
 
     def collect(self, pending: PendingSamples) -> list[GeneratedTokens]:
         """Wait for this rank's samples; until then the trainer's weights must stay as when they were sent."""

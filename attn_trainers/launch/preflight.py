@@ -109,7 +109,7 @@ def check_lengths(args: GRPOConfig, max_prompt_length: int, config: PretrainedCo
     report.add("tokens per row", f"{row} = {max_prompt_length} prompt + {args.max_completion_length} completion")
     positions = num_positions(config) or float("inf")
     limit = args.vllm_max_model_length
-    if args.use_vllm and limit is not None:
+    if args.use_vllm and args.vllm_mode == "colocate" and limit is not None:  # a server has a limit of its own
         if limit > positions:
             raise ValueError(
                 f"vllm_max_model_length={limit} is more than the {positions} positions of the model; lower it to "

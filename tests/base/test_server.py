@@ -221,6 +221,23 @@ def test_a_server_that_is_not_there_at_the_start_is_named(make_engine):
         make_engine(url=gone.url)
 
 
+def test_a_server_without_room_for_a_completion_is_refused_at_the_start(make_engine, fake):
+    fake.max_model_len = 16  # as max_completion_length
+    with pytest.raises(ServerError, match=f"{fake.url} has --max-model-len 16, .* beside max_completion_length=16"):
+        make_engine()
+
+
+def test_a_server_that_will_cut_completions_is_told_of_once(make_engine, fake, caplog):
+    fake.max_model_len = 17
+    engine = make_engine()
+    draw(engine)
+    assert "max-model-len" not in caplog.text
+    for _ in range(2):
+        engine.collect(engine.submit([GenerationRequest([1, 2], 16), GenerationRequest([1], 16)]))
+    assert caplog.text.count("has --max-model-len 17, and ends completions there") == 1
+    assert "with at least 18." in caplog.text
+
+
 def test_a_smaller_vocabulary_is_refused(make_engine):
     with pytest.raises(ServerError, match="out of vocabulary"):
         draw(make_engine(probe=lambda: [1, 2, 499]))

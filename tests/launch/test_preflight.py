@@ -150,6 +150,11 @@ def test_refusals_name_field_value_and_fix(run, settings, message):
         run(**settings)
 
 
+def test_a_server_has_a_length_of_its_own(run):
+    settings = {"use_vllm": True, "vllm_mode": "server", "vllm_max_model_length": 299}
+    assert dict(run(**settings).rows)["tokens per row"].startswith("300 = ")
+
+
 def test_heads_within_the_model(run):
     values = dict(run(AttnPOConfig, heads=[[1, 0]]).rows)
     assert values["key-focus heads [layer, head]"] == "[1, 0]"
