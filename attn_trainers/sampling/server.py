@@ -83,16 +83,18 @@ class TokenGate:
 
 
 class Workers:
-    """Threads that end with the process, which must not wait for a server that hangs."""
+    """Up to `count` threads that end with the process, which must not wait for a server that hangs."""
 
     def __init__(self, count: int):
         self._tasks: queue.SimpleQueue[tuple[Future, Callable]] = queue.SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=self._work, name="vllm-server", daemon=True).start()
+        self._missing = count  # threads to start as tasks come: on a busy machine each start waits
 
     def submit(self, act: Callable[[], object]) -> Future:
         future = Future()
         self._tasks.put((future, act))
+        if self._missing:
+            self._missing -= 1
+            threading.Thread(target=self._work, name="vllm-server", daemon=True).start()
         return future
 
     def _work(self) -> None:
