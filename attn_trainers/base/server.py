@@ -421,11 +421,8 @@ class ServerGeneration(VLLMGeneration):
         if longest > self._length and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "The vLLM server at %s has --max-model-len %d, and ends completions there that may be longer; start "
-                "it with at least %d.",
-                self.server.url,
-                self._length,
-                longest,
+                f"The vLLM server at {self.server.url} has --max-model-len {self._length}, and ends completions there "
+                f"that may be longer; start it with at least {longest}."
             )
 
     def collect(self, pending: PendingSamples) -> list[GeneratedTokens]:
