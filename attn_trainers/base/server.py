@@ -1,7 +1,7 @@
 """Sampling from a vLLM server in training: weights pushed to it, and never a sample of others.
 
 Each push gives the weights a version of their own, which the server keeps. Before requests are sent and after the last
-answer came, version and probe (`attn_trainers.sampling.server`) are compared with those after the push; where they
+answer came, version and the log-probs of a probe are compared with those after the push; where they
 differ, the weights are pushed again and the samples drawn again. What this sees: a server that was restarted, or that
 someone else pushed to, with a version or with other weights. What it does not: weights that were changed and changed
 back between the two looks, by someone who sets no version; and one of several data-parallel engines that differs.
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +241,6 @@ class ServerGeneration(VLLMGeneration):
             )
             raise ServerError(f"{error} {way_on}") from error
 
-    @cached_property
-    def _probe(self) -> list[int]:
-        return self.settings.probe()
-
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def sync_weights(self) -> None:
@@ -306,7 +302,7 @@ class ServerGeneration(VLLMGeneration):
 
     def _seal(self, version: str) -> None:
         self.server.reset_prefix_cache()
-        self._probed = self.server.logps(self._probe)
+        self._probed = self.server.logps(self.settings.probe())
         if self.by_adapter:
             self._check_base()
         self.server.set_weight_version(version)
@@ -317,7 +313,7 @@ class ServerGeneration(VLLMGeneration):
         Raises:
             ServerError: if not: pushes of the adapter would not bring it back.
         """
-        probed = self.server.logps(self._probe, of_base=True)
+        probed = self.server.logps(self.settings.probe(), of_base=True)
         self._base_probed = self._base_probed or probed
         apart = largest_difference(probed, self._base_probed)
         if not apart <= self._rounding:
@@ -332,7 +328,7 @@ class ServerGeneration(VLLMGeneration):
         version = self.server.weight_version()
         if version != self.version:
             return f"it has weights of version {version!r} in place of {self.version!r}"
-        apart = largest_difference(self.server.logps(self._probe), self._probed)
+        apart = largest_difference(self.server.logps(self.settings.probe()), self._probed)
         if not apart <= self._rounding:
             return f"its log-probs are off by {apart:.2g} from those after the push"
         return None
@@ -355,7 +351,7 @@ class ServerGeneration(VLLMGeneration):
         Raises:
             ServerError: if they differ: another model, or weights that did not arrive.
         """
-        expected = self.settings.trainer_logps(self._probe)
+        expected = self.settings.trainer_logps(self.settings.probe())
 
         def compare() -> None:
             apart = [abs(a - b) for a, b in zip(expected, self._probed, strict=True)]
