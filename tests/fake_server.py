@@ -7,6 +7,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -202,8 +203,9 @@ class FakeServer:
                 text = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
+                with suppress(ConnectionError):  # of who gave up waiting
+                    self.end_headers()
+                    self.wfile.write(text)
 
             do_GET = do_POST = _serve
 
