@@ -7,20 +7,19 @@ r"""Where the time of an AttnRL step goes on 1 to 256 GPUs: a model on paper, fr
 One generation batch of the published settings (64 prompts, 6 rollouts each, 2 x 2 continuations of each expanded one)
 is drawn with long-tailed lengths. Which rank samples, forwards and trains what is the package's own code; how long a
 GPU takes for it is arithmetic on published figures of the card (`Hardware`), times efficiencies that are assumptions;
-what the host does was measured (`HostCosts`). Nothing here was measured on a GPU.
+what the host does was measured (`host_costs.py`). Nothing here was measured on a GPU.
 """
 
 import argparse
 import json
 import pickle
 import random
-import tempfile
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from batch_cost import PROMPT_TOKENS, random_prompt
+from host_costs import HostCosts, measure_host
 
 from attn_trainers.attnrl.batches import arrange_updates, rank_loads
 from attn_trainers.attnrl.rollouts import PromptRollouts, branches_of
@@ -51,19 +50,6 @@ class Hardware:
     decode_overhead: float = 4e-3  # seconds per engine step beside the GPU's work; assumed
     cache_share: float = 0.25  # of the memory that the KV cache gets in colocate; assumed (0.3 less the weights)
     launch: float = 0.2e-3  # seconds per tensor that is pushed into an engine; assumed
-
-
-@dataclass(frozen=True)
-class HostCosts:
-    """What the host does, measured by `--measure` on one core of a busy two-core machine without a GPU."""
-
-    grading: float = 1e-3  # seconds per completion and worker process, warm
-    workers: int = 8  # grading processes per rank
-    pickling: float = 1e-9  # seconds per byte of rollouts that are exchanged, both directions
-    arranging: float = 1e-5  # seconds per row: trees, rows, updates; every rank does it for all rows
-    segmenting: float = 1e-6  # seconds per token that is cut into steps
-    disk: float = 1e-9  # seconds per byte written and read again
-    influence: float = 1.12  # a forward that reads influence over a plain one: the goal of gpu-check
 
 
 @dataclass(frozen=True)
@@ -268,75 +254,6 @@ def step_parts(model: Model, setup: Setup, gpus: int, hardware: Hardware, host: 
     return {name: parts[name] for name in PARTS}
 
 
-# ---- unit costs of this host ----------------------------------------------------------------------------------------
-
-
-def measure_host(batch: Batch, data: Path | None) -> HostCosts:
-    """Unit costs of this machine, each the shortest of three."""
-
-    def shortest(work) -> float:
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            work()
-            times.append(time.process_time() - start)
-        return min(times)
-
-    payload = pickle.dumps(batch.prompts)
-    pickling = shortest(lambda: pickle.loads(pickle.dumps(batch.prompts))) / len(payload)
-
-    def arrange():
-        rows = [row for p in batch.prompts for row in prompt_rows(p, train_unexpanded=False)]
-        arrange_updates(rows, rows_per_update=192, num_ranks=8, rows_per_rank=4, max_tokens=4 * 9216, seed="0")
-
-    arranging = shortest(arrange) / len(batch.rows)
-    measured = {"pickling": pickling, "arranging": arranging, "segmenting": measure_segmenting()}
-    with tempfile.NamedTemporaryFile() as file:
-        block = np.random.default_rng(0).bytes(2**28)
-
-        def write_and_read():
-            Path(file.name).write_bytes(block)
-            Path(file.name).read_bytes()
-
-        start = time.perf_counter()
-        write_and_read()
-        measured["disk"] = (time.perf_counter() - start) / len(block)
-    if data is not None:
-        measured["grading"] = measure_grading(data)
-    return replace(HostCosts(), **measured)
-
-
-def measure_segmenting() -> float:
-    """Seconds per token of cutting completions into steps."""
-    from attn_trainers.attnrl.steps import StepDelimiters, segment_steps
-    from attn_trainers.tiny.byte_model import build_byte_tokenizer
-
-    delimiters = StepDelimiters.from_tokenizer(build_byte_tokenizer())
-    tokens = np.random.default_rng(0).integers(0, 256, 8192).tolist()
-    start = time.process_time()
-    for _ in range(20):
-        segment_steps(PROMPT_TOKENS, tokens, delimiters)
-    return (time.process_time() - start) / 20 / len(tokens)
-
-
-def measure_grading(data: Path) -> float:
-    """Seconds of one worker per completion, of recorded completions, once the workers run."""
-    from attn_trainers.rewards import math as rewards
-    from attn_trainers.rewards.pool import shared_pool
-
-    lines = [json.loads(line) for line in data.read_text().splitlines()]
-    completions, answers = [line["completion"] for line in lines], [line["answer"] for line in lines]
-    ends = rewards.ends_of_thinking(None, len(lines))
-    seconds = []
-    for _ in range(2):  # the first starts the workers
-        start = time.perf_counter()
-        rewards._grade(completions, answers, ends, rewards.TIMEOUT_SECONDS)
-        seconds.append(time.perf_counter() - start)
-    workers = shared_pool().size
-    shared_pool().close()
-    return seconds[1] * workers / len(lines)
-
-
 # ---- table, picture, document ---------------------------------------------------------------------------------------
 
 
@@ -439,7 +356,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     kept = args.output / "host.json"
     if args.measure:
-        kept.write_text(json.dumps(asdict(measure_host(Batch.draw(PROMPTS), args.data)), indent=2))
+        kept.write_text(json.dumps(asdict(measure_host(Batch.draw(PROMPTS).prompts, args.data)), indent=2))
     host = HostCosts(**json.loads(kept.read_text())) if kept.exists() else HostCosts()
     hardware = Hardware()
     results = simulate(hardware, host)

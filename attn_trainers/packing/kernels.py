@@ -233,7 +233,7 @@ def _varlen_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_hea
         try:
             found = [varlen_attention(*inputs, width**-0.5, tree, window) for window in (None, 2)]
             found += torch.autograd.grad(found[0].sum(), inputs)
-        except (RuntimeError, ValueError, NotImplementedError):
+        except (RuntimeError, ValueError):
             return False
         wanted = [blocked_attention(*inputs, width**-0.5, tree, window) for window in (None, 2)]
         wanted += torch.autograd.grad(wanted[0].sum(), inputs)
