@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from attn_trainers.base.server import ServerGeneration, ServerSettings
+from attn_trainers.sampling.requests import GenerationRequest
 
 
+REQUESTS = [GenerationRequest([i % 3 + 1], 4, seed=i) for i in range(6)]
 PROBE = [7 * position % 50 for position in range(32)]
 
 

@@ -15,6 +15,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Settings of a trainer that a test looks at: on a CPU in float32, each step logged, nothing saved.
+LOOKED_AT = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+}
+
 
 def outside_environment() -> dict[str, str]:
     """The environment without what an engine or an earlier run in this process set for its own ranks."""

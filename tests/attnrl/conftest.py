@@ -3,7 +3,7 @@
 import pytest
 
 from attn_trainers import AttnRLConfig, AttnRLTrainer
-from tests.helpers import odd_sum
+from tests.helpers import LOOKED_AT, odd_sum
 
 
 class RecordingTrainer(AttnRLTrainer):
@@ -45,12 +45,7 @@ def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
             "max_completion_length": 12,
             "min_branch_spacing": 0,
             "influence_delta": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
+            **LOOKED_AT,
         }
         return trainer_class(
             str(tiny_model_dir),

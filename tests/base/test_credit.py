@@ -18,7 +18,7 @@ from attn_trainers.base.credit import (
     weighted_rewards,
 )
 from attn_trainers.base.credit_trainer import CreditTrainer
-from tests.helpers import logged
+from tests.helpers import LOOKED_AT, logged
 
 
 NAN = float("nan")
@@ -94,12 +94,7 @@ def make_trainer(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
             "max_completion_length": 12,
             "max_steps": 2,
             "learning_rate": 1e-3,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
+            **LOOKED_AT,
         }
         return Recording(
             str(tiny_model_dir),

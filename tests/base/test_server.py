@@ -13,20 +13,13 @@ from safetensors import SafetensorError
 from attn_trainers.base import server as module
 from attn_trainers.base import weight_files
 from attn_trainers.base.weight_files import write_weights
-from attn_trainers.sampling import server as client_module
 from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.sampling.server import ServerError
-from tests.fake_server import FakeServer, build_engine, logps_of
+from tests.fake_server import REQUESTS, FakeServer, build_engine, logps_of
 
 
 VOCABULARY = 50
-REQUESTS = [GenerationRequest([i % 3 + 1], 4, seed=i) for i in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client_module, "PAUSE", 0.01)
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture

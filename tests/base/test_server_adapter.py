@@ -7,19 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from attn_trainers.sampling import server as client_module
-from attn_trainers.sampling.requests import GenerationRequest
 from attn_trainers.sampling.server import ServerError
 from attn_trainers.tiny.arithmetic import build_model
-from tests.fake_server import FakeServer, build_engine, logps_of
+from tests.fake_server import REQUESTS, FakeServer, build_engine, logps_of
 
 
-REQUESTS = [GenerationRequest([i % 3 + 1], 4, seed=i) for i in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client_module, "PAUSE", 0.01)
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture

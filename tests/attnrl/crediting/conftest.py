@@ -6,6 +6,7 @@ import pytest
 
 from attn_trainers import AttnRLConfig
 from tests.attnrl.crediting.helpers import WritingTrainer, odd_sum
+from tests.helpers import LOOKED_AT
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,7 @@ def make_trainer(tmp_path, sharp_model_dir, tiny_tokenizer, arithmetic_dataset):
             "max_completion_length": 24,
             "min_branch_spacing": 0,
             "influence_delta": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
+            **LOOKED_AT,
         }
         return trainer_class(
             str(sharp_model_dir),
