@@ -40,8 +40,8 @@ CRITERIA = {name: {"branching": name} for name in ("attention", "entropy", "rand
 OUTCOME = {"num_branch_points": 0, "num_rollouts": 12}
 UNLIMITED = 100_000  # updates: the budget ends the run
 TREES = {"use_vllm": False, "max_steps": UNLIMITED, "disable_tqdm": True}
-DEPENDENCIES = {"task": "dependencies"}
-AT_TOKENS = {"budget": 600_000, "eval_every": 100_000}
+DEPENDENCIES = {"task": "dependencies", "num_eval_problems": 200}
+AT_TOKENS = {"budget": 400_000, "eval_every": 200_000}
 # As `recipes/attnpo_tiny.py` has it; its scales are in full force after 30 updates.
 ATTNPO = {"credit": "attnpo", "credit_step_mode": "paragraphs", "length_penalty": 0.4}
 ATTNPO |= {"schedule_fraction": 30 / UNLIMITED}
@@ -85,7 +85,7 @@ STUDIES: dict[str, Study] = {
         arms={name: {"arms": name} for name in SCHEMES},
         against=("random", "none"),
         seed_option="seeds",
-        eval_every=100_000,
+        eval_every=200_000,
     ),
     "composition": Study(
         question="Does Rhythm's or AttnPO's credit add to attention's trees?",
