@@ -1,12 +1,12 @@
 """Tables and pictures of a study, from its lines alone: means over seeds, paired differences, curves with bands."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy.stats import ttest_rel
 from studies import Study
 
 from attn_trainers.plots import INK
@@ -38,30 +38,6 @@ class Difference:
     num_pairs: int
 
 
-def t_within(t: float, freedom: int) -> float:
-    """Probability that |T| <= t for Student's t, t >= 0, in closed form (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    term = total = 1.0 if freedom % 2 == 0 else math.cos(angle)
-    for k in range(1 if freedom % 2 == 0 else 2, freedom - 2, 2):
-        term *= square * k / (k + 1)
-        total += term
-    if freedom % 2 == 0:
-        return sine * total
-    return 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
-
-
-def t_quantile(within: float, freedom: int) -> float:
-    """The t that |T| exceeds with probability 1 - `within`, by bisection."""
-    low, high = 0.0, 1.0
-    while t_within(high, freedom) < within:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, freedom) < within else (low, middle)
-    return high
-
-
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Second minus first, pair by pair.
 
@@ -72,12 +48,11 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
         raise ValueError(f"first has {len(first)} and second has {len(second)} values; both need the same seeds.")
     values = np.subtract(second, first)
     count, mean = len(values), float(np.mean(values))
-    error = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    if error < 1e-9:
+    if np.ptp(values) < 1e-9:  # one pair, or equal ones
         return Difference(mean, None, None, count)
-    reach = t_quantile(0.95, count - 1) * error
-    p_value = 1 - t_within(abs(mean) / error, count - 1)
-    return Difference(mean, (mean - reach, mean + reach), p_value, count)
+    test = ttest_rel(second, first)
+    interval = test.confidence_interval(0.95)
+    return Difference(mean, (float(interval.low), float(interval.high)), float(test.pvalue), count)
 
 
 def curve_values(record: dict, name: str, tokens: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from tests.helpers import ROOT
@@ -137,17 +136,6 @@ def test_report_has_the_differences_of_the_lines(run, study, tmp_path):
     assert arm_report.curve_mean(records["plain"][1], 100) == pytest.approx(0.4 + 0.11 / 2)
     assert arm_report.curve_mean(records["plain"][1], 50) == pytest.approx(0.4 + 0.11 / 4)
     assert (tmp_path / "study.png").stat().st_size > 20_000
-
-
-@pytest.mark.parametrize("t", [0.3, 1.0, 2.5])
-def test_students_t_in_closed_form(t):
-    assert arm_report.t_within(t, 1) == pytest.approx(2 / math.pi * math.atan(t))
-    assert arm_report.t_within(t, 2) == pytest.approx(t / math.sqrt(2 + t * t))
-    density = lambda x, n: (1 + x * x / n) ** (-(n + 1) / 2)  # noqa: E731
-    x = np.linspace(0, t, 20_001)
-    for n in (3, 4, 7, 12):
-        scale = math.gamma((n + 1) / 2) / (math.sqrt(n * math.pi) * math.gamma(n / 2))
-        assert arm_report.t_within(t, n) == pytest.approx(2 * scale * np.trapezoid(density(x, n), x), abs=1e-8)
 
 
 def test_paired_difference_in_closed_form():
