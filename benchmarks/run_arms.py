@@ -93,6 +93,12 @@ def finished(study: Study, lines: list[dict]) -> tuple[Records, int]:
     return {arm: runs for arm, runs in records.items() if runs}, stale
 
 
+def planned(study: Study, records: Records) -> Records:
+    """Of the runs, those with seeds of the study: what counts."""
+    kept = {arm: {seed: runs[seed] for seed in study.seeds if seed in runs} for arm, runs in records.items()}
+    return {arm: runs for arm, runs in kept.items() if runs}
+
+
 def to_do(study: Study, records: Records, arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
     """Runs that are missing, all arms of a seed first: a study that is cut off still compares."""
     return [(arm, seed) for seed in seeds for arm in arms if seed not in records.get(arm, {})]
@@ -236,9 +242,8 @@ def main() -> None:
     if not args.report:
         driver.run(to_do(study, records, args.arms or list(study.arms), args.seeds or list(study.seeds)))
         records, _ = finished(study, read_jsonl(lines, repair=True))
-    planned = {arm: {seed: runs[seed] for seed in study.seeds if seed in runs} for arm, runs in records.items()}
-    planned = {arm: runs for arm, runs in planned.items() if runs}
-    print(write_report(name, study, planned, RESULTS) if planned else f"No run of {name} is finished.")
+    counted = planned(study, records)
+    print(write_report(name, study, counted, RESULTS) if counted else f"No run of {name} is finished.")
     if driver.failed:
         raise SystemExit(f"{len(driver.failed)} runs failed; their logs are in {driver.folder}.")
 

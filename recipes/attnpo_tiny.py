@@ -117,13 +117,18 @@ PANELS = {
 }
 
 
-def probe_data(folder: Path, tokenizer, problems: list, task: Task, max_tokens: int, path: Path) -> None:
-    """The model's own correct responses; steps that the answer needs are essential, others redundant."""
+def probe_data(folder: Path, tokenizer, problems: list, task: Task, args: Recipe, path: Path) -> None:
+    """The model's own correct responses, sampled as in training; steps that the answer needs are essential, others
+    redundant.
+    """
     texts = [
         tokenizer.apply_chat_template(prompt_messages(p), add_generation_prompt=True, tokenize=False) for p in problems
     ]
-    requests = [GenerationRequest(tokenizer(text)["input_ids"], max_tokens, seed=i) for i, text in enumerate(texts)]
-    settings = SamplingSettings(temperature=1.0, batch_size=200)
+    requests = [
+        GenerationRequest(tokenizer(text)["input_ids"], args.max_completion_length, seed=i)
+        for i, text in enumerate(texts)
+    ]
+    settings = SamplingSettings(temperature=args.temperature, batch_size=200)
     lines = []
     for index, sample in sample_with_transformers(str(folder), settings, tokenizer, requests):
         problem, ids = problems[index], sample.token_ids
@@ -136,12 +141,12 @@ def probe_data(folder: Path, tokenizer, problems: list, task: Task, max_tokens: 
     path.write_text("".join(lines))
 
 
-def find_heads(model: Path, tokenizer, problems: list, task: Task, max_tokens: int, folder: Path) -> tuple[Path, str]:
+def find_heads(model: Path, tokenizer, problems: list, task: Task, args: Recipe, folder: Path) -> tuple[Path, str]:
     """Heads file of the model, and a line that says how good the heads are."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "responses.jsonl"
     if not data.exists():
-        probe_data(model, tokenizer, problems, task, max_tokens, data)
+        probe_data(model, tokenizer, problems, task, args, data)
     heads, report, held_out = discover_heads(
         DiscoveryArguments(
             str(model), str(data), str(folder), step_mode="paragraphs", prompt_template="{problem}", num_heads=3
@@ -193,7 +198,7 @@ def main(tiny: Arguments, args: Recipe) -> None:
     if args.heads is None:
         with PartialState().main_process_first():
             file, heads_line = find_heads(
-                model, tokenizer, training[: tiny.num_probed], task, args.max_completion_length, folder / "heads"
+                model, tokenizer, training[: tiny.num_probed], task, args, folder / "heads"
             )
         args.heads = str(file)
         watch.lap("heads")

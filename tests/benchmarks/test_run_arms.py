@@ -17,6 +17,7 @@ from tests.helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script that is run from there
 
 import arm_report  # noqa: E402
+import findings  # noqa: E402
 import run_arms  # noqa: E402
 from studies import STUDIES, Study  # noqa: E402
 
@@ -153,3 +154,33 @@ def test_studies_name_their_own_arms_and_recipes():
     for study in STUDIES.values():
         assert (ROOT / study.recipe).exists() and set(study.against) <= set(study.arms)
         assert len({run_arms.settings_hash(study, arm) for arm in study.arms}) == len(study.arms)
+
+
+def test_findings_pair_runs_of_the_same_seeds_and_draw_them(tmp_path, monkeypatch):
+    lines = [
+        {"arm": arm, "seed": seed, "settings": run_arms.settings_hash(STUDIES[name], arm), "accuracy": accuracy}
+        | {"mean_thinking": 200 * accuracy, "curve": [{"accuracy": 0.5, "mean_thinking": 210.0}]}
+        for name, arm, seed, accuracy in [
+            ("branching", "attention", 0, 0.61),
+            ("branching", "attention", 1, 0.64),
+            ("branching", "attention", 2, 0.99),  # has no partner
+            ("branching", "random", 0, 0.60),
+            ("branching", "random", 1, 0.61),
+            ("branching", "random", 100, 0.1),  # a pilot's seed
+            ("length", "attnpo", 0, 0.7),
+        ]
+    ]
+    for name in ("branching", "length"):
+        mine = [json.dumps(line) + "\n" for line in lines if line["arm"] in STUDIES[name].arms]
+        (tmp_path / f"{name}.jsonl").write_text("".join(mine))
+    monkeypatch.setattr(findings, "RESULTS", tmp_path)
+    records = findings.counted_runs("branching")
+    found = findings.differences(records, findings.PAIRS["branching"][1])
+    assert list(found) == ["attention − random"]
+    # Differences 1 and 3 points: mean 2, standard error 1; t with one degree is 12.7062 at 95 %.
+    d = found["attention − random"]
+    assert (d.mean, d.num_pairs) == (pytest.approx(2), 2)
+    assert d.interval == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-3)
+    monkeypatch.setattr(sys, "argv", ["findings.py", "--output", str(tmp_path / "findings.png")])
+    findings.main()
+    assert (tmp_path / "findings.png").stat().st_size > 10_000
