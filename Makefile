@@ -43,6 +43,7 @@ endif
 
 run: setup
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/attnrl_tiny.py
+	$(BIN)/python benchmarks/where_to_branch.py --model wired
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile tests

@@ -197,9 +197,7 @@ def main(tiny: Arguments, args: Recipe) -> None:
     heads_line = "Heads as given."
     if args.heads is None:
         with PartialState().main_process_first():
-            file, heads_line = find_heads(
-                model, tokenizer, training[: tiny.num_probed], task, args, folder / "heads"
-            )
+            file, heads_line = find_heads(model, tokenizer, training[: tiny.num_probed], task, args, folder / "heads")
         args.heads = str(file)
         watch.lap("heads")
     shared = (model, tokenizer, training, held_out, tiny, watch)

@@ -72,8 +72,8 @@ DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "max_completion_length": 352,
     "vllm_max_model_length": 512,
     "temperature": 0.7,  # at 1 the warm start is right once in five
-    # Without spacing the earliest of the top fifth are the first steps, 19 times in 20; `benchmarks/where_to_branch.py`.
-    "min_branch_spacing": 40,
+    # Without spacing the earliest of the top fifth are mostly the first steps; `benchmarks/where_to_branch.py`.
+    "min_branch_spacing": 20,
     "influence_delta": 1,  # a value is used in the next steps already
     # A cache that grows is copied at each token, which on a CPU takes most of the sampling of answers this long.
     "cache_implementation": None if HAS_CUDA else "static",
