@@ -14,9 +14,9 @@ gives the accuracy afterwards. Published elsewhere for Qwen2.5-0.5B-Instruct on 
 rollouts 64.1, TreeRL 65.5, AttnRL 67.0 %; its other settings are not known here.
 
 All three run in AttnRL's pipeline with its loss: "grpo" has the mean of a prompt's rollouts as baseline and is not
-divided by their deviation. The model writes no thinking tags, so that steps are those of the whole answer; its answers
-are short, so that steps are sentences (paragraphs would make attention branch at the first steps whatever it says) and
-nothing keeps branch points apart.
+divided by their deviation. The model writes no thinking tags, so that steps are those of the whole answer. Its answers
+are short: steps are sentences (paragraphs would make attention branch at the first steps whatever it says), and branch
+points stand at least 30 tokens from the start: without that two in three are the first step (docs/branching.md).
 """
 
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class Recipe(AttnRLConfig):
 
     output_dir: str | None = None  # runs/attnrl_gsm8k/SETTING
     step_mode: str = "sentences"
-    min_branch_spacing: int = 0
+    min_branch_spacing: int = 30
     learning_rate: float = 1e-6
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 8
