@@ -6,8 +6,15 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Tokenizer,
+)
 
 from attn_trainers.attnrl.steps import StepDelimiters
 from attn_trainers.sampling.models import (
@@ -22,6 +29,7 @@ from attn_trainers.tiny.byte_model import build_byte_model
 
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+WARNING = "LlamaTokenizer does not reproduce tokenizer.json, which is read as it stands."
 TEXT = "add 9 and 6.\n\nso it is 15"
 
 
@@ -68,15 +76,28 @@ def byte_level_file(tmp_path):
 def test_a_class_that_does_not_reproduce_the_file_gives_way_to_it(
     byte_level_file, caplog, model_type, tokenizer_class
 ):
+    folder = byte_level_file(model_type, tokenizer_class)
+    rebuilt = AutoTokenizer.from_pretrained(folder)  # newer transformers read the file themselves
+    loses = rebuilt.decode(rebuilt(TEXT, add_special_tokens=False)["input_ids"]) != TEXT
     with caplog.at_level(logging.WARNING):
-        tokenizer = load_tokenizer(byte_level_file(model_type, tokenizer_class))
+        tokenizer = load_tokenizer(folder)
     messages = [r.getMessage() for r in caplog.records if r.name == "attn_trainers.sampling.models"]
-    assert [message.partition(": ")[2] for message in messages] == [
-        "LlamaTokenizer does not reproduce tokenizer.json, which is read as it stands."
-    ]
+    assert [message.partition(": ")[2] for message in messages] == [WARNING] * loses
     assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"]) == TEXT
     assert len(StepDelimiters.from_tokenizer(tokenizer).paragraph) == 1
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "</s>")
+
+
+def test_the_file_is_read_where_the_class_that_is_chosen_loses_text(byte_level_file, caplog, monkeypatch):
+    folder = byte_level_file("llama", "LlamaTokenizer")
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.normalizer = normalizers.Replace(" ", "")
+    loses = PreTrainedTokenizerFast(tokenizer_object=file)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: loses)
+    with caplog.at_level(logging.WARNING):
+        tokenizer = load_tokenizer(folder)
+    assert WARNING.replace("LlamaTokenizer", type(loses).__name__) in caplog.text
+    assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"]) == TEXT
 
 
 def test_a_class_that_reproduces_its_file_is_kept(tmp_path, caplog):
