@@ -69,7 +69,8 @@ STUDIES: dict[str, Study] = {
     "length": Study(
         question="Does AttnPO answer shorter than TLMRE and plain outcome RL at equal accuracy?",
         recipe="recipes/attnpo_tiny.py",
-        settings=DEPENDENCIES | {"compare": False, "max_steps": 60, "disable_tqdm": True},
+        settings=DEPENDENCIES
+        | {"compare": False, "max_steps": 50, "gradient_accumulation_steps": 4, "disable_tqdm": True},
         arms={
             "attnpo": {},
             "tlmre": {"attenuate_positive": False, "protect_negative": False},
@@ -81,7 +82,7 @@ STUDIES: dict[str, Study] = {
     "rhythm": Study(
         question="Does credit on preplan and anchor tokens help more than on as many random ones?",
         recipe="recipes/rhythm_tiny.py",
-        settings=DEPENDENCIES,
+        settings=DEPENDENCIES | {"max_steps": 40},
         arms={name: {"arms": name} for name in SCHEMES},
         against=("random", "none"),
         seed_option="seeds",
