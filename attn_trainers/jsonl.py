@@ -22,7 +22,8 @@ def drop_torn_line(path: str | Path) -> bool:
 
 
 def read_jsonl(path: str | Path, *, repair: bool = False) -> list[dict]:
-    """Values of a file of JSON lines, blank lines passed over.
+    """Values of a file of JSON lines, blank lines passed over. Only a line feed ends a line: JSON strings may hold
+    U+2028 and other characters that end lines elsewhere.
 
     Args:
         path: the file; none if it does not exist and `repair` is set.
@@ -37,7 +38,7 @@ def read_jsonl(path: str | Path, *, repair: bool = False) -> list[dict]:
         if not path.exists():
             return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         try:
             if line.strip():
                 records.append(json.loads(line))

@@ -233,6 +233,10 @@ class AttnRLConfig(MethodConfig):
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
     @property
+    def needs_whole_batches(self) -> bool:
+        return False  # prompts are drawn one by one, pass after pass
+
+    @property
     def updates_per_batch(self) -> int:
         """Optimizer updates made on a full generation batch."""
         return -(-self.generation_batch_size // self.rows_per_update) * self.num_iterations

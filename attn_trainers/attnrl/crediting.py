@@ -15,7 +15,7 @@ class CreditingMixin:
 
     def _leaf_values(self, prompts: Sequence[PromptRollouts]) -> list[LeafValues]:
         """What the leaves of each prompt are worth, shaped by the credit method over all leaves of a prompt."""
-        if self.credit is None:
+        if self.credit is None or not prompts:
             return [LeafValues.plain(prompt) for prompt in prompts]
         counts = [len(prompt.leaves) for prompt in prompts]
         leaves = [leaf for prompt in prompts for leaf in prompt.leaves]

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
@@ -219,6 +220,16 @@ def public_command(launcher: str = "accelerate launch", argv: Sequence[str] | No
     return f"{launcher} {shlex.join(shown)}"
 
 
+def _lora_settings(adapter: LoraConfig) -> dict[str, object]:
+    modules = adapter.target_modules
+    names = [modules] if isinstance(modules, str) else {name.rpartition(".")[2] for name in modules}
+    return {
+        "LoRA rank": adapter.r,
+        "LoRA alpha": adapter.lora_alpha,
+        "LoRA modules": ", ".join(sorted(names)),
+    }
+
+
 class CardMixin:
     """Cards with settings, evaluation and loading code, for a `GRPOTrainer` subclass (named before it in the bases).
 
@@ -287,10 +298,9 @@ class CardMixin:
         settings["hardware"] = hardware(ranks)
         if is_peft_model(self.model):
             adapter = self.model.peft_config[self.model.active_adapter]
-            settings["LoRA rank"], settings["LoRA alpha"] = adapter.r, adapter.lora_alpha
-            modules = adapter.target_modules
-            names = [modules] if isinstance(modules, str) else {name.rpartition(".")[2] for name in modules}
-            settings["LoRA modules"] = ", ".join(sorted(names))
+            settings["adapter"] = adapter.peft_type.value
+            if isinstance(adapter, LoraConfig):
+                settings |= _lora_settings(adapter)
         return settings
 
     def _versions(self) -> dict[str, str]:

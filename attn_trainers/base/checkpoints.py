@@ -1,15 +1,16 @@
 """Checkpoints at generation boundaries, and method state beside them.
 
-A generation batch is trained on in several optimizer steps. TRL restarts its step counter on resume, so a checkpoint
-in the middle of a batch would repeat that batch's prompts and shift all later ones: checkpoints are made between
-batches only.
+A generation batch is trained on in several optimizer steps. A checkpoint in the middle of a batch does not hold its
+samples, so that they would be drawn anew on resume, from another policy: checkpoints are made between batches only.
 """
 
 import json
 from pathlib import Path
 
+import torch
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
+from trl.trainer.utils import RepeatSampler
 
 
 def steps_between_generations(args: GRPOConfig) -> int:
@@ -20,6 +21,17 @@ def steps_between_generations(args: GRPOConfig) -> int:
     while steps * accumulation % generate_every != 0:
         steps += 1
     return steps
+
+
+def restart_order(sampler: RepeatSampler, epoch: int) -> None:
+    """Have TRL's sampler draw next the order of an epoch, counted from 0.
+
+    It draws one order after another from one generator, so that a resumed run would take up epoch 0's.
+    """
+    if sampler.shuffle and sampler.seed is not None:
+        sampler.generator.manual_seed(sampler.seed)
+        for _ in range(epoch):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 def check_save_interval(args: GRPOConfig) -> None:

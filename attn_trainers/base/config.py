@@ -142,6 +142,11 @@ class MethodConfig(GRPOConfig):
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
+    def needs_whole_batches(self) -> bool:
+        """Whether a data set that is smaller than a generation batch would give none."""
+        return True
+
+    @property
     def updates_per_batch(self) -> int:
         """Optimizer updates made on a full generation batch."""
         return steps_between_generations(self)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import RepeatSampler
 
 from ..attention import AttentionObserver, forward_for_attention
+from .checkpoints import restart_order
 from .config import MethodConfig
 from .credit import (
     BatchCredit,
@@ -69,6 +71,7 @@ class CreditTrainer(BaseTrainer):
         self.generated_tokens = 0
         self.last_credit = BatchCredit()
         self.last_rewards_per_func: Tensor | None = None
+        self._order: RepeatSampler | None = None  # of the prompts, once there is a loader of them
         self._scored: _Scored | None = None  # while a generation batch is on its way through TRL
 
     @staticmethod
@@ -78,6 +81,26 @@ class CreditTrainer(BaseTrainer):
 
     def card_settings(self) -> dict[str, object]:
         return super().card_settings() | self.credit.settings()
+
+    # ---- the order of the prompts ----------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        self._order = super()._get_train_sampler(dataset)
+        return self._order
+
+    def _run_epoch(self, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs):
+        """Go on, after a resume, in the order of this epoch and at the place in its generation batch."""
+        if self._order is not None:
+            restart_order(self._order, epoch)
+        if resume_from_checkpoint is not None and epoch == epochs_trained and not self.args.ignore_data_skip:
+            self._step = steps_trained_in_current_epoch  # an epoch holds whole generation batches
+        super()._run_epoch(
+            epoch=epoch,
+            epochs_trained=epochs_trained,
+            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
+            resume_from_checkpoint=resume_from_checkpoint,
+            **kwargs,
+        )
 
     # ---- the generation batch ---------------------------------------------------------------------------------------
 

@@ -304,6 +304,7 @@ class GenerationMixin(ProgressMixin):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
+            without_dropout(model),  # else samples would be of another policy than the one whose log-probs are read
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             return generate_batch(model, requests, self.generation_config, self.accelerator.device)

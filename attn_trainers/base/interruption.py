@@ -21,7 +21,6 @@ from huggingface_hub import HfApi
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import steps_between_generations
 from .revisions import RevisionPushes, add_card
 
 
@@ -165,7 +164,7 @@ class SafeExitMixin:
 
     def is_between_generations(self) -> bool:
         """Whether the last update of a generation batch was made, so that a checkpoint repeats no prompt on resume."""
-        return self.state.global_step % steps_between_generations(self.args) == 0
+        return self._step % (self.args.steps_per_generation * self.args.num_iterations) == 0
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step >= self.state.max_steps:

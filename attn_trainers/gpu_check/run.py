@@ -22,6 +22,7 @@ from .registry import Check, Context, load_checks
 
 
 CHECKS = load_checks()
+OUT_OF_BUDGET = "the budget of minutes is used; the same command goes on from here"
 SMOKE_SECONDS = 600  # limit of a check on a CPU, which may be busy
 HEADER = ("check", "what", "measured", "goal", "result", "seconds")
 
@@ -72,7 +73,9 @@ def run(args: GpuCheckArguments) -> None:
             continue
         left = 60 * args.budget_minutes - (time.monotonic() - start)
         context = Context(device, args.smoke, folder, args.model, steps_before(records))
-        records[check.name] = run_check(check, context, left)
+        record = run_check(check, context, left)
+        if record["reason"] != OUT_OF_BUDGET or check.name not in records:  # else what is known of it stays
+            records[check.name] = record
         write_results(folder, where, records)
     shutil.rmtree(folder / "models", ignore_errors=True)
     shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -128,7 +131,7 @@ def reason_to_skip(check: Check, context: Context, seconds_left: float, limit: f
     if context.smoke and not check.in_smoke:
         return "left out of --smoke: like the others of its kind on a CPU"
     if seconds_left < limit and not context.smoke:
-        return "the budget of minutes is used; the same command goes on from here"
+        return OUT_OF_BUDGET
     return ""
 
 

@@ -90,7 +90,11 @@ def check_batch(args: MethodConfig, num_problems: int, report: Report) -> None:
         "tokens per generation batch",
         f"at most {args.generation_batch_size * args.max_completion_length:,} sampled",
     )
-    if num_problems < prompts:
+    if num_problems < prompts and not args.needs_whole_batches:
+        report.warnings.append(
+            f"a generation batch takes {prompts} prompts, more than the {num_problems} of the data: some come twice."
+        )
+    elif num_problems < prompts:
         raise ValueError(
             f"generation_batch_size={args.generation_batch_size} takes {prompts} prompts, but the data set has "
             f"{num_problems}, and TRL's sampler leaves out a batch that is not whole, so that it would train on none; "

@@ -146,7 +146,12 @@ def check_run(
         script_args.dataset, script_args.dataset_split, script_args.problem_column, script_args.answer_column
     )
     dataset, num_long = prompts_of(problems)
-    eval_dataset = {Path(source).stem: prompts_of(load_problems(source))[0] for source in script_args.eval_data}
+    names = [Path(source).stem for source in script_args.eval_data]
+    if len(set(names)) < len(names):
+        raise ValueError(f"eval_data={script_args.eval_data} has two files of one name; rename one.")
+    eval_dataset = {
+        name: prompts_of(load_problems(source))[0] for name, source in zip(names, script_args.eval_data, strict=True)
+    }
     set_model_init_kwargs(training_args, model_args)
     unreadable = on_first_rank(lambda: unreadable_answers(dataset))
     dataset, left_out = leave_out(dataset, unreadable, num_long)

@@ -14,6 +14,7 @@ from attn_trainers.attnpo.rewards import get_length_penalised_accuracy_reward
 from attn_trainers.attnrl.rollouts import branches_of
 from attn_trainers.attnrl.steps import segment_steps
 from attn_trainers.attnrl.trees import tree_paths
+from attn_trainers.sampling.requests import GenerationRequest
 from tests.helpers import logged, odd_sum
 
 
@@ -209,6 +210,18 @@ def test_completions_of_one_token_have_no_branches(make_trainer):
     trainer.train()
     assert (trainer.pipeline.batches_trained, trainer.state.global_step) == (0, 2)
     assert all(len(r.tokens) == 1 and not branches_of(r) for p in trainer.batches[0] for r in p.rollouts)
+
+
+def test_samples_are_drawn_without_an_adapters_dropout(make_trainer):
+    adapter = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make_trainer(peft_config=adapter, seeded_sampling=True)
+    requests = [GenerationRequest([5, 6, 7, 8], 12, seed=seed) for seed in range(4)]
+    trainer.model.train()  # as between updates
+    torch.manual_seed(0)
+    first = trainer.generate_requests(requests)
+    torch.manual_seed(1)
+    assert trainer.generate_requests(requests) == first
+    assert any(module.training for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout))
 
 
 def test_unscorable_completions_are_out_of_values_rows_and_accuracy_and_counted(make_trainer):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig
 
 import attn_trainers
 from attn_trainers.base.card import (
@@ -42,7 +42,10 @@ def byte_model(tmp_path_factory):
     return build_byte_model(tmp_path_factory.mktemp("models") / "bytes")
 
 
-def build(method: str, model: Path, output_dir: Path, lora: bool = False):
+ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+def build(method: str, model: Path, output_dir: Path, peft_config: PeftConfig | None = None):
     config, trainer = (getattr(attn_trainers, f"{method}{kind}") for kind in ("Config", "Trainer"))
     args = config(
         output_dir=str(output_dir),
@@ -61,7 +64,7 @@ def build(method: str, model: Path, output_dir: Path, lora: bool = False):
         args=args,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": "2"}]),
         processing_class=load_tokenizer(model),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
+        peft_config=peft_config,
     )
 
 
@@ -74,7 +77,7 @@ def table(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("method", ["AttnRL", "AttnPO", "Rhythm"])
 def test_card_of_a_local_base(method, lora, byte_model, tmp_path):
-    trainer = build(method, byte_model, tmp_path / "short", lora)
+    trainer = build(method, byte_model, tmp_path / "short", ADAPTER if lora else None)
     publish(trainer, CardNotes("data/problems.jsonl", "| a | b |\n|---|---|\n| 1 | 2 |", "evaluate --it"))
     card = ModelCard.load(tmp_path / "short" / "README.md")
     kind = "a LoRA adapter for" if lora else "a fine-tuned version of"
@@ -102,11 +105,19 @@ def test_card_of_a_local_base(method, lora, byte_model, tmp_path):
     }
 
 
+def test_card_of_an_adapter_that_is_no_lora(byte_model, tmp_path):
+    adapter = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    trainer = build("Rhythm", byte_model, tmp_path / "short", adapter)
+    trainer.create_model_card()
+    settings = table(ModelCard.load(tmp_path / "short" / "README.md").text)
+    assert settings["adapter"] == "`IA3`" and "LoRA rank" not in settings
+
+
 def test_card_of_a_model_from_the_hubs_cache(byte_model, tmp_path):
     snapshot = tmp_path / "models--some-org--some-model" / "snapshots" / ("a" * 40)
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(byte_model)
-    trainer = build("Rhythm", snapshot, tmp_path / "out", lora=True)
+    trainer = build("Rhythm", snapshot, tmp_path / "out", ADAPTER)
     publish(trainer, CardNotes("some-org/some-data"))
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("some-org/some-model", "adapter")

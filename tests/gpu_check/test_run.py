@@ -91,6 +91,21 @@ def test_random_tokens_have_steps():
     assert tokenizer("w17 w18 ")["input_ids"] == [21, 22]
 
 
+def test_a_failure_stays_told_where_there_is_no_time_to_run_it_again(tmp_path, monkeypatch):
+    name = "capture_sdpa"
+    monkeypatch.setattr(gpu_run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_run, "device_name", lambda: "a card")
+    failed = {"status": "fail", "reason": "why", "findings": [], "seconds": 1.0}
+    where = {"device": "a card", "smoke": False, "model": None}
+    (tmp_path / "results.json").write_text(json.dumps({"where": where, "checks": {name: failed}}))
+    args = gpu_run.GpuCheckArguments(output=str(tmp_path), only=[name, "sleep_and_wake"], budget_minutes=0.001)
+    with pytest.raises(SystemExit) as ended:
+        gpu_run.run(args)
+    records = json.loads((tmp_path / "results.json").read_text())["checks"]
+    assert ended.value.code == 1 and records[name] == failed
+    assert records["sleep_and_wake"]["reason"] == gpu_run.OUT_OF_BUDGET
+
+
 @no_gpu
 @pytest.mark.slow
 def test_a_smoke_run_measures_records_and_goes_on(capsys, tmp_path, monkeypatch):

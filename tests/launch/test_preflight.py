@@ -112,6 +112,12 @@ def test_adapter_is_counted(run):
         run(lora=["q"])
 
 
+def test_attnrl_draws_from_few_problems_pass_after_pass(run):
+    report = run(generation_batch_size=64)
+    expected = "a generation batch takes 16 prompts, more than the 8 of the data: some come twice."
+    assert expected in report.warnings
+
+
 def test_long_prompts_are_counted(run):
     records = [{"problem": f"{i} + 1", "answer": "1"} for i in range(8)] + [{"problem": "1 +" * 60, "answer": "2"}]
     values = dict(run(records=records, max_prompt_length=100).rows)
@@ -131,7 +137,10 @@ def test_answers_that_nothing_parses(run):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"generation_batch_size": 64, "save_steps": 8}, "generation_batch_size=64 takes 16 prompts, .* at most 32"),
+        (
+            {"config_class": RhythmConfig, "generation_batch_size": 64, "save_steps": 8},
+            "generation_batch_size=64 takes 16 prompts, .* at most 32",
+        ),
         ({"max_completion_length": 4000}, "max_completion_length=4000 .* 4096 positions .* to 3896"),
         (
             {"use_vllm": True, "vllm_max_model_length": 299},

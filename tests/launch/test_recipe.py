@@ -33,10 +33,10 @@ def check(model, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = [{"problem": f"{n} + {n}", "answer": 2 * n} for n in range(6, 14)]
 
-    def run(path=model, max_prompt_length=200, more_rows=(), **settings):
+    def run(path=model, max_prompt_length=200, more_rows=(), eval_data=(str(data),), **settings):
         data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more_rows]))
         script = MathScriptArguments(
-            str(data), prompt_template="{problem}", max_prompt_length=max_prompt_length, eval_data=[str(data)]
+            str(data), prompt_template="{problem}", max_prompt_length=max_prompt_length, eval_data=list(eval_data)
         )
         base = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 32}
         base |= {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -64,6 +64,11 @@ def test_a_problem_whose_answer_no_verifier_parses_is_not_trained_on(check, caps
     assert dataset["answer"][:] == ["12", "14", "16", "18", "20", "22", "24", "26", "1"]
     assert len(eval_dataset["data"]) == 10  # evaluation counts it: nothing is chosen by it
     assert "1 problems are left out: no verifier parses their answers, e.g. 't(0,4]'." in capsys.readouterr().out
+
+
+def test_evaluation_files_of_one_name_are_refused(check, tmp_path):
+    with pytest.raises(ValueError, match="^eval_data=.* has two files of one name; rename one.$"):
+        check(eval_data=[str(tmp_path / "a" / "test.jsonl"), str(tmp_path / "b" / "test.jsonl")])
 
 
 def test_template_arguments_that_are_none_are_refused(check):

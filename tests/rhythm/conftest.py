@@ -62,7 +62,7 @@ def settings(tmp_path) -> dict:
 
 @pytest.fixture
 def with_given():
-    """Subclass of a trainer whose sampling hands out given completions and which keeps its training batches."""
+    """Subclass of a trainer that is handed completions and keeps its generation batches and the steps of each."""
 
     def make(trainer_class: type, lengths: tuple[int, int] = (12, 40)) -> type:
         class Given(trainer_class):
@@ -75,6 +75,7 @@ def with_given():
             def _generate_and_score_completions(self, inputs):
                 output = super()._generate_and_score_completions(inputs)
                 self.outputs = [*getattr(self, "outputs", []), output]
+                self.sampled_at = [*getattr(self, "sampled_at", []), self.state.global_step]
                 return output
 
         return Given

@@ -381,6 +381,32 @@ def test_resume_keeps_calibrated_heads_and_the_course_of_the_run(build, with_giv
     assert_same_weights(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize(
+    ("saved_at", "options"),
+    [(3, {"save_steps": 3}), (3, {"save_steps": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4})],
+    ids=["in the second epoch", "inside a generation batch, where max_steps was raised"],
+)
+def test_a_resumed_run_takes_the_prompts_that_it_would_have_taken(build, with_given, settings, saved_at, options):
+    # Four prompts, two a generation batch: an epoch is two batches, and each epoch has an order of its own.
+    def run(max_steps, resume=None):
+        steps = {"max_steps": max_steps, "scheme": "random", "save_strategy": "steps"}
+        trainer = build(with_given(RhythmTrainer), **(options | steps))
+        trainer.train_dataset = trainer.train_dataset.select(range(4))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(8)
+    cut = run(saved_at)
+    boundary = cut.is_between_generations()
+    resumed = run(8, str(Path(settings["output_dir"]) / f"checkpoint-{saved_at}"))
+    prompts = [[output["prompt_ids"].tolist() for output in trainer.outputs] for trainer in (whole, cut, resumed)]
+    done = len(prompts[1]) - (not boundary)  # a batch that was cut in two is sampled twice
+    assert prompts[2] == prompts[0][done:] and prompts[1] == prompts[0][: len(prompts[1])]
+    assert resumed.sampled_at == [saved_at, *(step for step in whole.sampled_at if step > saved_at)]
+    assert len({str(sorted(batch)) for batch in prompts[0]}) > 2
+    assert whole.is_between_generations() and resumed.is_between_generations()
+
+
 def test_card_names_method_paper_and_tags(build, settings):
     trainer = build(scheme="coupled")
     trainer.create_model_card(model_name="anchors")

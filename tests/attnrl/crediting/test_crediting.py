@@ -51,6 +51,20 @@ def test_trees_train_with_a_credit(make_trainer, name):
     assert {own, f"{credit.prefix}/seconds/attention", "attnrl/rows_trained", "attnrl/influence/mean"} <= names
 
 
+@pytest.mark.parametrize("name", CREDITS)
+def test_a_batch_that_no_reward_could_score_is_passed_over(make_trainer, name):
+    def judge(completions, completion_ids, **kwargs):  # is down for the first batches
+        scored.append(len(completions))
+        return [None] * len(completions) if len(scored) <= 3 else [float(sum(ids) % 2) for ids in completion_ids]
+
+    scored = []
+    trainer = make_trainer(CREDITS[name](), reward=judge, max_steps=1)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.pipeline.empty_batches >= 1 and trainer.state.global_step == 1
+    assert len(differing(before, weights(trainer))) == len(before)
+
+
 def test_the_loss_takes_tree_advantages_times_factors(make_trainer):
     trainer = make_trainer(rhythm(scheme="coupled"), max_steps=2)
     trainer.train()
