@@ -108,6 +108,7 @@ def differences_table(study: Study, records: Records) -> str:
     budget, rows = shared_tokens(study, records), []
     quantities = {
         "accuracy, points": lambda r, _: 100 * r["accuracy"],
+        "accuracy at as many tokens, points": lambda r, _: 100 * curve_values(r, "accuracy", np.array([budget]))[0],
         "mean over the run, points": lambda r, _: 100 * curve_mean(r, budget),
         "thinking tokens, % of the second's": lambda r, base: 100 * r["mean_thinking"] / base["mean_thinking"],
     }
