@@ -78,7 +78,7 @@ def _broken(trees: Sequence[Tree]) -> tuple[float, float]:
 
 
 def _variance(trees: Sequence[Tree]) -> tuple[float, float]:
-    branched = [tree for tree in trees if tree.rewards]
+    branched = [tree for tree in trees if len(tree.rewards) > 1]  # one value has no variance
     return sum(pvariance(tree.rewards) for tree in branched), len(branched)
 
 

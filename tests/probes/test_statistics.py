@@ -51,6 +51,11 @@ def test_measures_of_known_trees():
     )
 
 
+def test_a_single_continuation_has_no_variance():
+    assert math.isnan(summarise([tree(0, 1.0, [1.0]), tree(1, 0.0, [1.0])])["variance"].value)
+    assert summarise([tree(0, 1.0, [1.0]), tree(1, 0.0, [1.0, 0.0])])["variance"].value == 1 / 4
+
+
 def test_outcomes():
     assert [outcome(one) for one in ([1.0, 1.0], [0.0], [0.0, 1.0])] == ["right", "wrong", "mixed"]
 
