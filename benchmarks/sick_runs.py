@@ -3,10 +3,11 @@
     python benchmarks/sick_runs.py --output_dir runs/sick
 
 The tiny model learns arithmetic with AttnRL for a few dozen updates; each sick run has one thing wrong. The output
-folder gets `sick_runs.png` and the logs of all runs.
+folder gets `sick_runs.png` and the logs of all runs; those that are there are not run again.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +26,9 @@ class Arguments(TinyArguments):
     max_steps: int = field(default=40, metadata={"help": "Updates of each run."})
 
 
-def short_answer_reward(completions, completion_ids, **kwargs) -> list[float]:
-    """The shorter the better, right or wrong."""
-    return [1.0 - min(len(ids), 48) / 48 for ids in completion_ids]
+def small_answer_reward(completions, **kwargs) -> list[float]:
+    """Pays for answers of one digit, right or wrong."""
+    return [float(bool(re.search(r"\\boxed\{\d\}$", completion[0]["content"]))) for completion in completions]
 
 
 def unread_answer_reward(completions, **kwargs) -> list[float]:
@@ -35,16 +36,17 @@ def unread_answer_reward(completions, **kwargs) -> list[float]:
     return [0.0 for _ in completions]
 
 
+# Reward functions, and what is set otherwise. A step without a row to train on takes five batches: few of them do.
 RUNS = {
-    "healthy": (exact_answer_reward, {}),
-    "learning rate × 30": (exact_answer_reward, {"learning_rate": 1e-2}),
-    "reward of shortness": (short_answer_reward, {"success_threshold": 0.3}),
-    "unread answers": (unread_answer_reward, {"max_steps": 8}),
+    "healthy": ([exact_answer_reward], {}),
+    "learning rate × 30": ([exact_answer_reward], {"learning_rate": 1e-2, "max_steps": 12}),
+    "wrong reward": ([exact_answer_reward, small_answer_reward], {"reward_weights": [0.0, 1.0]}),
+    "unread answers": ([unread_answer_reward], {"max_steps": 8}),
 }
 PANELS = {
     "reward": "reward",
+    "rewards/exact_answer_reward/mean": "rewards/exact_answer_reward/mean",
     "completions/mean_length": "completions/mean_length",
-    "completions/clipped_ratio": "completions/clipped_ratio",
     "entropy": "entropy",
     "grad_norm": "grad_norm",
     "attnrl/valid_ratio": "attnrl/valid_ratio",
@@ -54,40 +56,51 @@ PANELS = {
 }
 
 
-def main(args: Arguments) -> None:
+def train(name: str, args: Arguments) -> list[dict]:
+    """The log of a run."""
+    rewards, settings = RUNS[name]
     model, tokenizer, training, _ = prepare(args)
-    output, histories = Path(args.output_dir), {}
-    for name, (reward, settings) in RUNS.items():
-        config = {
-            "num_rollouts": 4,
-            "rollouts_per_branch": 1,
-            "per_device_train_batch_size": 60,
-            "gradient_accumulation_steps": 2,
-            "generation_batch_size": 120,
-            "learning_rate": 3e-4,
-            "max_steps": args.max_steps,
-            "max_completion_length": 48,
-            "min_branch_spacing": 0,
-            "influence_delta": 2,
-            "seeded_sampling": True,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-        }
-        trainer = AttnRLTrainer(
-            str(model),
-            reward,
-            AttnRLConfig(str(output), **config | settings),
-            train_dataset=to_dataset(training),
-            processing_class=tokenizer,
-        )
-        trainer.train()
-        histories[name] = trainer.state.log_history
-    (output / "logs.json").write_text(json.dumps(histories, indent=1))
-    plot_curves(histories, PANELS, output / "sick_runs.png", "AttnRL on arithmetic: one thing wrong in each run")
+    config = {
+        "num_rollouts": 4,
+        "rollouts_per_branch": 1,
+        "per_device_train_batch_size": 60,
+        "gradient_accumulation_steps": 2,
+        "generation_batch_size": 120,
+        "learning_rate": 3e-4,
+        "max_steps": args.max_steps,
+        "max_completion_length": 48,
+        "min_branch_spacing": 0,
+        "influence_delta": 2,
+        "seeded_sampling": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    trainer = AttnRLTrainer(
+        str(model),
+        rewards,
+        AttnRLConfig(args.output_dir, **config | settings),
+        train_dataset=to_dataset(training),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+def main(args: Arguments) -> None:
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    logs = output / "logs.json"
+    histories = json.loads(logs.read_text()) if logs.exists() else {}
+    for name in RUNS:
+        if name not in histories:
+            histories[name] = train(name, args)
+            logs.write_text(json.dumps(histories, indent=1))
+    shown = {name: histories[name] for name in RUNS}
+    plot_curves(shown, PANELS, output / "sick_runs.png", "AttnRL on arithmetic: one thing wrong in each run")
     print(f"Curves and logs: {output}")
 
 
