@@ -40,6 +40,7 @@ CRITERIA = {name: {"branching": name} for name in ("attention", "entropy", "rand
 OUTCOME = {"num_branch_points": 0, "num_rollouts": 12}
 UNLIMITED = 100_000  # updates: the budget ends the run
 TREES = {"use_vllm": False, "max_steps": UNLIMITED, "disable_tqdm": True}
+NO_KL = {"beta": 0.0}  # told, though the recipe's too: the first runs had one
 DEPENDENCIES = {"task": "dependencies", "num_eval_problems": 200}
 AT_TOKENS = {"budget": 400_000, "eval_every": 200_000}
 # As `recipes/attnpo_tiny.py` has it; its scales are in full force after 30 updates.
@@ -61,7 +62,7 @@ STUDIES: dict[str, Study] = {
     "branching": Study(
         question="Does AttnRL learn more from as many generated tokens, and is it attention that does it?",
         recipe="recipes/attnrl_tiny.py",
-        settings=TREES | DEPENDENCIES,
+        settings=TREES | DEPENDENCIES | NO_KL,
         arms=CRITERIA | {"oracle": {"branching": "oracle"}, "outcome": OUTCOME},
         against=("outcome", "random"),
         **AT_TOKENS,
@@ -91,7 +92,7 @@ STUDIES: dict[str, Study] = {
     "composition": Study(
         question="Does Rhythm's or AttnPO's credit add to attention's trees?",
         recipe="recipes/attnrl_tiny.py",
-        settings=TREES | DEPENDENCIES | CRITERIA["attention"],
+        settings=TREES | DEPENDENCIES | NO_KL | CRITERIA["attention"],
         arms={
             "trees": {},
             "trees+random": {"credit": "rhythm", "scheme": "random"},

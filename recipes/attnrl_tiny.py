@@ -75,6 +75,9 @@ DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     # Without spacing the earliest of the top fifth are mostly the first steps; `benchmarks/where_to_branch.py`.
     "min_branch_spacing": 20,
     "influence_delta": 1,  # a value is used in the next steps already
+    # This model is so sure of its tokens that a look-up which turns to another one has a k3 estimate of e^20, whose
+    # gradient is all of an update (docs/evidence.md).
+    "beta": 0.0,
     # A cache that grows is copied at each token, which on a CPU takes most of the sampling of answers this long.
     "cache_implementation": None if HAS_CUDA else "static",
     "num_eval_problems": 100,
