@@ -14,7 +14,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import RepeatSampler
 
+from attn_trainers.base.checkpoints import restart_order
 from attn_trainers.launch.engine import TOKENS_PER_ENGINE_STEP
 from tests.helpers import ROOT
 
@@ -31,6 +33,7 @@ HOOKS = {
         "num_generations",
         "has_tool_images",
     ],
+    "_get_train_sampler": ["self", "dataset"],
     "_tokenize_prompts": ["self", "prompts"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
@@ -94,7 +97,17 @@ def test_the_log_prob_forward_runs_under_the_runs_autocast():
 def test_an_epoch_is_run_by_a_method_that_takes_keywords():
     parameters = inspect.signature(Trainer._run_epoch).parameters
     assert all(p.kind is not p.POSITIONAL_ONLY for p in parameters.values())
-    assert {"epoch", "epochs_trained", "resume_from_checkpoint"} <= parameters.keys()
+    names = {"epoch", "epochs_trained", "resume_from_checkpoint", "steps_trained_in_current_epoch"}
+    assert names <= parameters.keys()
+
+
+def test_the_order_of_an_epoch_is_one_permutation_of_the_samplers_generator():
+    sampler = RepeatSampler(range(7), mini_repeat_count=1, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(7, generator=generator).tolist() for _ in range(3)]
+    assert [list(sampler) for _ in range(3)] == orders
+    restart_order(sampler, 2)
+    assert list(sampler) == orders[2]
 
 
 def test_logs_saves_and_evaluations_of_an_update_are_asked_for_in_one_place():
