@@ -106,7 +106,8 @@ def main() -> None:
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        rates = json.loads(done.stdout.strip().splitlines()[-1])
+        # The engine's processes may print there too, also after it.
+        rates = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
         means = {name: sum(values) / len(values) for name, values in rates.items()}
         ranges = {name: f"{means[name]:.0f} ({min(rates[name]):.0f}-{max(rates[name]):.0f})" for name in means}
         ratio = f"{means['admission'] / means['groups']:.2f}"
