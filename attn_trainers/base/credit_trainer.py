@@ -88,19 +88,14 @@ class CreditTrainer(BaseTrainer):
         self._order = super()._get_train_sampler(dataset)
         return self._order
 
-    def _run_epoch(self, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs):
+    def _run_epoch(self, **kwargs):
         """Go on, after a resume, in the order of this epoch and at the place in its generation batch."""
         if self._order is not None:
-            restart_order(self._order, epoch)
-        if resume_from_checkpoint is not None and epoch == epochs_trained and not self.args.ignore_data_skip:
-            self._step = steps_trained_in_current_epoch  # an epoch holds whole generation batches
-        super()._run_epoch(
-            epoch=epoch,
-            epochs_trained=epochs_trained,
-            steps_trained_in_current_epoch=steps_trained_in_current_epoch,
-            resume_from_checkpoint=resume_from_checkpoint,
-            **kwargs,
-        )
+            restart_order(self._order, kwargs["epoch"])
+        is_resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+        if is_resumed and not self.args.ignore_data_skip:
+            self._step = kwargs["steps_trained_in_current_epoch"]  # an epoch holds whole generation batches
+        super()._run_epoch(**kwargs)
 
     # ---- the generation batch ---------------------------------------------------------------------------------------
 

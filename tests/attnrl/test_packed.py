@@ -8,11 +8,7 @@ from attn_trainers import AttnRLConfig, AttnRLTrainer
 from attn_trainers.attnrl import packed
 from attn_trainers.rhythm.method import RhythmCredit
 from attn_trainers.rhythm.options import RhythmOptions
-from tests.helpers import logged
-
-
-def odd_sum(completions, completion_ids, **kwargs):
-    return [float(sum(ids) % 2) for ids in completion_ids]
+from tests.helpers import LOOKED_AT, logged, odd_sum
 
 
 class Counted(AttnRLTrainer):
@@ -44,12 +40,7 @@ def train(tmp_path, tiny_model_dir, tiny_tokenizer, arithmetic_dataset):
                 "min_branch_spacing": 0,
                 "influence_delta": 1,
                 "filter_easy_prompts": False,
-                "save_strategy": "no",
-                "logging_steps": 1,
-                "report_to": "none",
-                "gradient_checkpointing": False,
-                "bf16": False,
-                "use_cpu": True,
+                **LOOKED_AT,
             }
             | settings,
         )
