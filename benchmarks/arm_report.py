@@ -61,6 +61,15 @@ def curve_values(record: dict, name: str, tokens: np.ndarray) -> np.ndarray:
     return np.interp(tokens, [p["generated_tokens"] for p in points], [p[name] for p in points])
 
 
+def final_accuracy(study: Study, record: dict) -> float:
+    """The primary quantity: held-out accuracy at the budget, which a run exceeds by up to a generation batch; at the
+    end of the run where the study has no budget.
+    """
+    if not study.budget:
+        return record["accuracy"]
+    return float(curve_values(record, "accuracy", np.array([study.budget]))[0])
+
+
 def curve_mean(record: dict, budget: int) -> float:
     """Mean accuracy over the tokens up to the budget: the area under the curve, by trapezoids."""
     inner = [p["generated_tokens"] for p in record["curve"] if p["generated_tokens"] < budget]
@@ -91,7 +100,7 @@ def arms_table(study: Study, records: Records) -> str:
                 arm,
                 len(runs),
                 mean_and_error([r["curve"][0]["accuracy"] for r in runs], 100),
-                mean_and_error([r["accuracy"] for r in runs], 100),
+                mean_and_error([final_accuracy(study, r) for r in runs], 100),
                 mean_and_error([curve_mean(r, budget) for r in runs], 100),
                 mean_and_error([r["mean_length"] for r in runs]),
                 mean_and_error([r["mean_thinking"] for r in runs]),
@@ -107,8 +116,7 @@ def differences_table(study: Study, records: Records) -> str:
     """One row per pair of arms and quantity, over the seeds that both have."""
     budget, rows = shared_tokens(study, records), []
     quantities = {
-        "accuracy, points": lambda r, _: 100 * r["accuracy"],
-        "accuracy at as many tokens, points": lambda r, _: 100 * curve_values(r, "accuracy", np.array([budget]))[0],
+        "accuracy, points": lambda r, _: 100 * final_accuracy(study, r),
         "mean over the run, points": lambda r, _: 100 * curve_mean(r, budget),
         "thinking tokens, % of the second's": lambda r, base: 100 * r["mean_thinking"] / base["mean_thinking"],
     }
@@ -141,7 +149,7 @@ def plot(study: Study, records: Records, path: Path) -> None:
             if len(runs) > 1:
                 error = curves.std(axis=0, ddof=1) / len(runs) ** 0.5
                 axis.fill_between(tokens / 1e6, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-        ends = [(r["mean_thinking"], 100 * r["accuracy"]) for r in runs]
+        ends = [(r["mean_thinking"], 100 * final_accuracy(study, r)) for r in runs]
         axes[2].plot(*zip(*ends, strict=True), "o", color=colour, alpha=0.4, markersize=4)
         axes[2].plot(*np.mean(ends, axis=0), "D", color=colour, markersize=8, markeredgecolor="white")
     titles = ("held-out accuracy, %", "thinking tokens", "accuracy, % over thinking tokens at the end")

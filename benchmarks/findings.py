@@ -12,9 +12,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from arm_report import Difference, Records, paired_difference
+from arm_report import Difference, Records, final_accuracy, paired_difference
 from run_arms import RESULTS, ROOT, finished, planned
-from studies import STUDIES
+from studies import STUDIES, Study
 
 from attn_trainers.jsonl import read_jsonl
 from attn_trainers.plots import BLUE, INK
@@ -43,13 +43,13 @@ PAIRS = {
 SPREADS = {"length": "Step credit (AttnPO)"}
 
 
-def differences(records: Records, pairs: Iterable[tuple[str, str]]) -> dict[str, Difference]:
-    """Accuracy in points, first arm minus second, of the pairs that have runs of the same seeds."""
+def differences(study: Study, records: Records, pairs: Iterable[tuple[str, str]]) -> dict[str, Difference]:
+    """Accuracy (`final_accuracy`) in points, first arm minus second, of the pairs that have runs of the same seeds."""
     found = {}
     for arm, other in pairs:
         seeds = sorted(records.get(arm, {}).keys() & records.get(other, {}).keys())
         if seeds:
-            values = [[100 * records[name][seed]["accuracy"] for seed in seeds] for name in (other, arm)]
+            values = [[100 * final_accuracy(study, records[name][seed]) for seed in seeds] for name in (other, arm)]
             found[f"{arm} − {other}"] = paired_difference(*values)
     return found
 
@@ -110,7 +110,7 @@ def main() -> None:
             draw_spread(axis, SPREADS[name], records)
         else:
             title, pairs = PAIRS[name]
-            found = differences(records, pairs)
+            found = differences(STUDIES[name], records, pairs)
             draw_differences(axis, title, found)
             for pair, d in found.items():
                 interval = f"{d.interval[0]:+.1f} to {d.interval[1]:+.1f}" if d.interval else "–"

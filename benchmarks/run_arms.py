@@ -11,12 +11,14 @@ the lines alone; a study that was run reports by itself.
 """
 
 import argparse
+import ast
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,8 +36,11 @@ from attn_trainers.jsonl import append_jsonl, read_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "trl")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Of a run: one thread, on whichever core is free; vLLM would bind all runs to the same one.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 POLL_SECONDS = 0.5
+SETTINGS = ("ARMS", "DEPENDENCIES")  # tables of a recipe
 
 
 @dataclass
@@ -68,9 +73,19 @@ class Job:
         return [json.loads(line) for line in whole]
 
 
+def recipe_settings(path: Path) -> str:
+    """A recipe's own settings as code without comments: its dataclasses, and what a task changes in them."""
+    settings = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) or (isinstance(node, ast.Assign) and node.targets[0].id in SETTINGS)
+    ]
+    return "\n".join(map(ast.unparse, settings))
+
+
 def settings_hash(study: Study, arm: str) -> str:
-    """Name of everything that a run of the arm is told, except its seed."""
-    told = json.dumps([study.recipe, study.options(arm)], sort_keys=True)
+    """Name of everything that a run of the arm is told, by its command line or by its recipe, except its seed."""
+    told = json.dumps([study.recipe, recipe_settings(ROOT / study.recipe), study.options(arm)], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
@@ -187,7 +202,8 @@ class Driver:
     def _start(self, arm: str, seed: int, lock: int) -> Job:
         folder = self.folder / f"{arm}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
-        environment = os.environ | dict.fromkeys(THREADS, "1")
+        with socket.create_server(("localhost", 0)) as free:  # runs would take the same default port for their engines
+            environment = os.environ | ENVIRONMENT | {"MASTER_PORT": str(free.getsockname()[1])}
         with folder.with_suffix(".log").open("w") as log:
             process = subprocess.Popen(
                 command(self.study, arm, seed, folder),

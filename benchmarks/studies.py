@@ -39,10 +39,9 @@ CRITERIA = {name: {"branching": name} for name in ("attention", "entropy", "rand
 # As many rows a prompt as a tree of 4 rollouts with 2 branch points, none of them branched.
 OUTCOME = {"num_branch_points": 0, "num_rollouts": 12}
 UNLIMITED = 100_000  # updates: the budget ends the run
-TREES = {"use_vllm": False, "max_steps": UNLIMITED, "disable_tqdm": True}
-NO_KL = {"beta": 0.0}  # told, though the recipe's too: the first runs had one
-DEPENDENCIES = {"task": "dependencies", "num_eval_problems": 200}
-AT_TOKENS = {"budget": 400_000, "eval_every": 200_000}
+TREES = {"max_steps": UNLIMITED, "disable_tqdm": True}
+DEPENDENCIES = {"task": "dependencies", "use_vllm": True, "num_eval_problems": 400, "num_eval_samples": 1}
+AT_TOKENS = {"budget": 300_000, "eval_every": 150_000}
 # As `recipes/attnpo_tiny.py` has it; its scales are in full force after 30 updates.
 ATTNPO = {"credit": "attnpo", "credit_step_mode": "paragraphs", "length_penalty": 0.4}
 ATTNPO |= {"schedule_fraction": 30 / UNLIMITED}
@@ -52,7 +51,7 @@ STUDIES: dict[str, Study] = {
     "chain_branching": Study(
         question="Does the driver tell arms apart on the chain task? (a trial)",
         recipe="recipes/attnrl_tiny.py",
-        settings=TREES | {"num_eval_problems": 200},
+        settings=TREES | {"use_vllm": False, "num_eval_problems": 200},
         arms={name: CRITERIA[name] for name in ("attention", "random", "first_steps")} | {"outcome": OUTCOME},
         against=("outcome", "random"),
         seeds=(0, 1),
@@ -62,7 +61,7 @@ STUDIES: dict[str, Study] = {
     "branching": Study(
         question="Does AttnRL learn more from as many generated tokens, and is it attention that does it?",
         recipe="recipes/attnrl_tiny.py",
-        settings=TREES | DEPENDENCIES | NO_KL,
+        settings=TREES | DEPENDENCIES,
         arms=CRITERIA | {"oracle": {"branching": "oracle"}, "outcome": OUTCOME},
         against=("outcome", "random"),
         **AT_TOKENS,
@@ -78,7 +77,7 @@ STUDIES: dict[str, Study] = {
             "plain": {"attenuate_positive": False, "protect_negative": False, "length_penalty": 0.0},
         },
         against=("tlmre", "plain"),
-        eval_every=250_000,
+        eval_every=400_000,
     ),
     "rhythm": Study(
         question="Does credit on preplan and anchor tokens help more than on as many random ones?",
@@ -87,12 +86,12 @@ STUDIES: dict[str, Study] = {
         arms={name: {"arms": name} for name in SCHEMES},
         against=("random", "none"),
         seed_option="seeds",
-        eval_every=200_000,
+        eval_every=300_000,
     ),
     "composition": Study(
         question="Does Rhythm's or AttnPO's credit add to attention's trees?",
         recipe="recipes/attnrl_tiny.py",
-        settings=TREES | DEPENDENCIES | NO_KL | CRITERIA["attention"],
+        settings=TREES | DEPENDENCIES | CRITERIA["attention"],
         arms={
             "trees": {},
             "trees+random": {"credit": "rhythm", "scheme": "random"},

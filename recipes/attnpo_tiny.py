@@ -194,8 +194,8 @@ def main(tiny: Arguments, args: Recipe) -> None:
     model, tokenizer, training, held_out = prepare(tiny, tiny.restate)
     watch.lap("warm start")
     folder = Path(args.output_dir)
-    heads_line = "Heads as given."
-    if args.heads is None:
+    heads_line = "Heads as given." if args.heads else "No heads: no step is scaled."
+    if args.heads is None and args.scales_credit:
         with PartialState().main_process_first():
             file, heads_line = find_heads(model, tokenizer, training[: tiny.num_probed], task, args, folder / "heads")
         args.heads = str(file)

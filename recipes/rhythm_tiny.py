@@ -4,10 +4,10 @@
 
 A noisy teacher warm-starts a small Qwen2 (cached in `--cache_dir`); every arm trains it with the same problems in the
 same order and is evaluated on held-out problems. Runs follow one another in one process and sample with transformers,
-since a vLLM engine would take longer to start than a run takes. Each finished run is a line in `results.jsonl`; what
-is there is not run again, so that the comparison can be cut off (`--max_minutes`) and gone on with. `results.md` and
-`results.png` hold the table and the picture. At its end a launch leaves the model of its best run there too, with a
-card, if that run beats all earlier ones, and pushes it with `--push_to_hub`.
+since a process has one vLLM engine (`--use_vllm true` goes with one arm and one seed). Each finished run is a line in
+`results.jsonl`; what is there is not run again, so that the comparison can be cut off (`--max_minutes`) and gone on
+with. `results.md` and `results.png` hold the table and the picture. At its end a launch leaves the model of its best
+run there too, with a card, if that run beats all earlier ones, and pushes it with `--push_to_hub`.
 
     python recipes/rhythm_tiny.py --arms none random coupled --seeds 0 1 2 3 4 --learning_rate 1e-4
 """
@@ -30,7 +30,6 @@ from attn_trainers.tables import markdown_table
 from attn_trainers.tiny.runs import (
     HeldOutCurve,
     TinyArguments,
-    evaluate_held_out,
     exact_answer_reward,
     prepare,
     task_of,
@@ -91,6 +90,7 @@ class Recipe(RhythmConfig):
     num_generations: int | None = 8
     max_steps: int = 40
     max_completion_length: int | None = 48
+    vllm_max_model_length: int | None = 128
     loss_type: str = "grpo"
     gradient_checkpointing: bool = False
     bf16: bool | None = HAS_CUDA
@@ -106,6 +106,7 @@ DEPENDENCIES = {  # solutions of 21 steps of 10 tokens
     "per_device_train_batch_size": 64,
     "max_steps": 60,
     "max_completion_length": 352,
+    "vllm_max_model_length": 512,
     "temperature": 0.7,
     "cache_implementation": None if HAS_CUDA else "static",  # see `attnrl_tiny.py`
     "num_eval_problems": 100,
@@ -126,7 +127,7 @@ def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> t
     )
     trainer.remove_callback(PrinterCallback)
     curve = HeldOutCurve(trainer, script, held_out, Path(args.output_dir) / f"curve_{arm}_{seed}.jsonl")
-    curve.measure()
+    before = curve.measure()
     trainer.train()
     seconds = time.perf_counter() - start - curve.evaluation_seconds
     result = curve.measure()
@@ -134,6 +135,7 @@ def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> t
     record = {
         "arm": arm,
         "seed": seed,
+        "before": before.accuracy,
         "accuracy": result.accuracy,
         "mean_length": result.mean_length,
         "entropy": history[-1]["entropy"],
@@ -143,16 +145,6 @@ def run(arm: str, seed: int, script: Comparison, args: Recipe, task: tuple) -> t
         "settings": {name: getattr(args, name) for name in ("learning_rate", "max_steps", "num_generations")},
     }
     return record, trainer
-
-
-def warm_accuracy(script: Comparison, args: Recipe, task: tuple) -> float:
-    """Held-out accuracy before training."""
-    folder, tokenizer, training, held_out = task
-    args = replace(args, generation_batch_size=None, scheme="none", rhythm_lambda=0.0)
-    trainer = RhythmTrainer(
-        str(folder), exact_answer_reward, args, train_dataset=to_dataset(training[:16]), processing_class=tokenizer
-    )
-    return evaluate_held_out(trainer, held_out, script.num_eval_samples).accuracy
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -169,12 +161,13 @@ def difference(records: dict, arm: str, other: str) -> str:
     return mean_and_error([records[arm][s]["accuracy"] - records[other][s]["accuracy"] for s in seeds])
 
 
-def report(folder: Path, script: Comparison, before: float) -> str:
+def report(folder: Path, script: Comparison) -> str:
     """Write `results.md` and `results.png` from the lines of `results.jsonl`, and return the table."""
     records: dict[str, dict[int, dict]] = {}
     for line in (folder / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
         records.setdefault(record["arm"], {})[record["seed"]] = record
+    before = np.mean([r["before"] for runs in records.values() for r in runs.values()])
     header = ["arm", "seeds", "held-out accuracy, %", "minus none", "minus random", "entropy", "attention, % of time"]
     rows = []
     for arm in [arm for arm in ARMS if arm in records]:
@@ -226,6 +219,11 @@ def plot(records: dict[str, dict[int, dict]], before: float, path: Path) -> None
 
 def main(script: Comparison, args: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.use_vllm and len(script.arms) * len(script.seeds) > 1:
+        raise ValueError(
+            f"use_vllm=True cannot serve {len(script.arms)} arms x {len(script.seeds)} seeds, which are runs of one "
+            "process, as it has one vLLM engine; name one arm and one seed, or set it False."
+        )
     start = time.monotonic()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +233,6 @@ def main(script: Comparison, args: Recipe) -> None:
     done = {(r["arm"], r["seed"]) for r in earlier}
     best, chosen = max((r["accuracy"] for r in earlier), default=-1.0), None
     task = prepare(script)
-    before = warm_accuracy(script, args, task)
     # All arms of a seed first: a comparison that is cut off still compares.
     for arm, seed in [(arm, seed) for seed in script.seeds for arm in script.arms if (arm, seed) not in done]:
         if script.max_minutes and time.monotonic() - start > 60 * script.max_minutes:
@@ -247,7 +244,7 @@ def main(script: Comparison, args: Recipe) -> None:
         logger.info("%s, seed %d: %.1f %% in %.0f s", arm, seed, 100 * record["accuracy"], record["seconds"])
         if record["accuracy"] > best:
             best, chosen = record["accuracy"], trainer
-    table = report(folder, script, before)
+    table = report(folder, script)
     if chosen is not None:
         publish(chosen, CardNotes(task_of(script).title, table, public_command()))
 

@@ -8,8 +8,6 @@ adapter is found beforehand; such a run pushes merged weights instead, and says 
 import functools
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from trl.generation import vllm_generation as trl_vllm
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..sampling.server import ADAPTER_RANKS, engine_rank
@@ -128,39 +125,29 @@ def adapter_llm() -> type:
     return AdapterLLM
 
 
-@contextmanager
-def adapter_engine(trainer) -> Iterator[None]:
-    """Context of a trainer's construction in which TRL's engine is built to take adapters, where that is wanted.
+def adapter_engine(trainer, plain: type, options: dict):
+    """A colocated engine that takes the trainer's adapter where that is wanted, else a plain one.
 
-    TRL passes no such settings on, so the name by which it calls vLLM stands for a function meanwhile.
+    Args:
+        trainer: whose model samples.
+        plain: vLLM's `LLM`.
+        options: of the engine.
 
     Raises:
         ValueError: if `lora_sync` is "adapter" and the adapter cannot travel.
     """
-    plain = getattr(trl_vllm, "LLM", None)
-    if plain is None:  # vLLM is not installed
-        yield
-        return
-
-    def build(**options):
-        wanted = getattr(trainer.args, "lora_sync", "auto")
-        is_sharded = trainer.accelerator.distributed_type == "FSDP"
-        hindrance = None if wanted == "merged" else adapter_hindrance(trainer.model, options, is_sharded)
-        if wanted == "adapter" and hindrance is not None:
-            raise ValueError(f"lora_sync='adapter' does not go here ({hindrance}); set it to 'auto' or 'merged'.")
-        if wanted == "merged" or hindrance is not None:
-            if is_peft_model(trainer.model):
-                logger.info("LoRA goes to vLLM merged into the weights: %s.", hindrance or "lora_sync='merged'")
-            return plain(**options)
-        logger.info("LoRA goes to vLLM as an adapter.")
-        rank = trainer.model.peft_config[trainer.model.active_adapters[0]].r
-        return adapter_llm()(**options, enable_lora=True, max_lora_rank=engine_rank(rank), max_loras=1)
-
-    trl_vllm.LLM = build
-    try:
-        yield
-    finally:
-        trl_vllm.LLM = plain
+    wanted = trainer.args.lora_sync
+    is_sharded = trainer.accelerator.distributed_type == "FSDP"
+    hindrance = None if wanted == "merged" else adapter_hindrance(trainer.model, options, is_sharded)
+    if wanted == "adapter" and hindrance is not None:
+        raise ValueError(f"lora_sync='adapter' does not go here ({hindrance}); set it to 'auto' or 'merged'.")
+    if wanted == "merged" or hindrance is not None:
+        if is_peft_model(trainer.model):
+            logger.info("LoRA goes to vLLM merged into the weights: %s.", hindrance or "lora_sync='merged'")
+        return plain(**options)
+    logger.info("LoRA goes to vLLM as an adapter.")
+    rank = trainer.model.peft_config[trainer.model.active_adapters[0]].r
+    return adapter_llm()(**options, enable_lora=True, max_lora_rank=engine_rank(rank), max_loras=1)
 
 
 def takes_adapter(vllm_generation: VLLMGeneration) -> bool:

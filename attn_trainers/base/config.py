@@ -19,6 +19,8 @@ PER_TOKEN_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo")
 
 # How a LoRA goes to vLLM.
 LORA_SYNCS = ("auto", "adapter", "merged")
+# In what a colocated engine computes.
+VLLM_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -34,6 +36,10 @@ class MethodConfig(GRPOConfig):
         lora_sync (`str`, *optional*, defaults to `"auto"`):
             How a LoRA goes to vLLM: by itself (`"adapter"`), merged into the whole weights (`"merged"`), or as an
             adapter where vLLM takes it (`"auto"`).
+        vllm_dtype (`str`, *optional*, defaults to `"auto"`):
+            In what a colocated engine computes: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`. That is vLLM's
+            choice on a GPU (bfloat16 for float32 weights), and on a CPU what the trainer computes in (float32 where
+            the CPU has no instructions for it).
 
         > Parameters that control reports
 
@@ -76,6 +82,10 @@ class MethodConfig(GRPOConfig):
             "choices": list(LORA_SYNCS),
         },
     )
+    vllm_dtype: str = field(
+        default="auto",
+        metadata={"help": "In what a colocated vLLM engine computes.", "choices": list(VLLM_DTYPES)},
+    )
     weight_sync: str = field(
         default="auto", metadata={"help": "How weights reach a vLLM server: 'auto', 'nccl' or 'disk'."}
     )
@@ -88,11 +98,16 @@ class MethodConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choices(self, {"lora_sync": LORA_SYNCS})
+        check_choices(self, {"lora_sync": LORA_SYNCS, "vllm_dtype": VLLM_DTYPES})
         if self.lora_sync == "adapter" and not self.use_vllm:
             raise ValueError(
                 f"lora_sync='adapter' does not go with use_vllm={self.use_vllm}: no engine takes an adapter; set "
                 "lora_sync to 'auto'."
+            )
+        if self.vllm_dtype != "auto" and not (self.use_vllm and self.vllm_mode == "colocate"):
+            raise ValueError(
+                f"vllm_dtype={self.vllm_dtype!r} is for an engine in the trainer's own process; set it to 'auto' with "
+                f"use_vllm={self.use_vllm} and vllm_mode={self.vllm_mode!r} (a server has its own --dtype)."
             )
         if not self.end_of_thinking:
             raise ValueError(

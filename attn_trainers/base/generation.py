@@ -22,8 +22,9 @@ from trl.trainer.utils import add_fused_lm_head
 from ..sampling.requests import GeneratedTokens, GenerationRequest, Progress, without_progress
 from ..sampling.transformers import generate_batch
 from ..sampling.vllm import limit_cpu_cache, run_requests
-from .adapter_sync import adapter_engine, check_tied_ends, push_adapter, takes_adapter
+from .adapter_sync import check_tied_ends, push_adapter, takes_adapter
 from .cpu_reload import reload_packed_weights
+from .engine import engine_settings
 from .forwards import without_dropout
 from .progress import ProgressMixin
 from .server import PendingSamples, ServerGeneration, ServerSettings
@@ -99,7 +100,7 @@ class GenerationMixin(ProgressMixin):
     def __init__(self, model, reward_funcs, args, *more, **kwargs):
         limit_cpu_cache()
         if not (args.use_vllm and args.vllm_mode == "server"):
-            with adapter_engine(self):
+            with engine_settings(self):
                 super().__init__(model, reward_funcs, args, *more, **kwargs)
             if self.use_vllm:
                 check_tied_ends(self.model)

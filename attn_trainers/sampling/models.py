@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -157,14 +158,40 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(model)
 
 
+# Instructions without which a CPU converts numbers of a dtype, and takes several times as long as with float32.
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+
+
+def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a CPU is to compute in with weights of a dtype: that, or float32 where it has no instructions for it."""
+    has = torch.cpu.get_capabilities()
+    slow = dtype in _INSTRUCTIONS and not any(has.get(name) for name in _INSTRUCTIONS[dtype])
+    return torch.float32 if slow else dtype
+
+
+def computed_dtype(model: str, dtype: str) -> str:
+    """`dtype` of the model with "auto" resolved on a CPU, where it is the dtype of the saved weights (`cpu_dtype`)."""
+    if dtype != "auto" or torch.cuda.is_available():
+        return dtype
+    saved = getattr(AutoConfig.from_pretrained(model).get_text_config(), "dtype", None)
+    return str(cpu_dtype(saved or torch.float32)).removeprefix("torch.")
+
+
 def load_model(model: str, dtype: str) -> PreTrainedModel:
     """A model for generation; an adapter is merged into its base model.
+
+    Args:
+        model: model or adapter.
+        dtype: "auto" (`computed_dtype`), "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError: for an adapter of a kind that cannot be merged.
     """
     base = base_model_of(model)
-    loaded = AutoModelForCausalLM.from_pretrained(base or model, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(base or model, dtype=computed_dtype(base or model, dtype))
     if base is not None:
         from peft import PeftModel
 

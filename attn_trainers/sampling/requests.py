@@ -57,7 +57,8 @@ class SamplingSettings:
         temperature: 0 decodes greedily.
         top_p: share of the probability that the kept tokens hold.
         seed: of a vLLM engine; each request has its own beside it.
-        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16" or "auto": as saved, but float32 on a CPU that has no instructions for
+            it, and bfloat16 for float32 weights with vLLM on a GPU.
         batch_size: completions per batch (transformers only).
         gpu_memory_utilization: share of GPU memory that vLLM takes.
         tensor_parallel_size: GPUs that vLLM spreads the model over.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .models import end_token_ids, merged_model
+from .models import computed_dtype, end_token_ids, merged_model
 from .requests import GeneratedTokens, GenerationRequest, SamplingSettings
 
 
@@ -141,7 +141,7 @@ def engine_of(model: str, settings: SamplingSettings, max_model_len: int):
         return LLM(
             model=path,
             skip_tokenizer_init=True,
-            dtype=settings.dtype,
+            dtype=computed_dtype(path, settings.dtype),
             seed=settings.seed,
             max_model_len=max_model_len,
             gpu_memory_utilization=settings.gpu_memory_utilization,

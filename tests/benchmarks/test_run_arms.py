@@ -128,6 +128,25 @@ run_arms.Driver("study", study, run_arms.ROOT / "lines.jsonl", 1).run([("plain",
     assert sorted((r["arm"], r["seed"]) for r in read(tmp_path)) == [("better", 0), ("plain", 0)]
 
 
+def test_settings_of_the_recipe_are_seen_and_its_comments_are_not(run, study, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE + "DEPENDENCIES = {'warmup_steps': 5}\n")
+    run(seeds=[0])
+    recipe.write_text(RECIPE + "# told\nDEPENDENCIES = {'warmup_steps': 5}  # why\nPANELS = {}\n")
+    assert run_arms.finished(study, read(tmp_path))[1] == 0
+    recipe.write_text(RECIPE + "DEPENDENCIES = {'warmup_steps': 6}\n")
+    assert run_arms.finished(study, read(tmp_path)) == ({}, 2)
+    recipe.write_text(RECIPE + "class Recipe:\n    warmup_steps: int = 5\nDEPENDENCIES = {'warmup_steps': 5}\n")
+    assert run_arms.finished(study, read(tmp_path)) == ({}, 2)
+
+
+def test_accuracy_of_a_study_with_a_budget_is_read_at_the_budget(study):
+    points = [(0, 0.5), (80, 0.6), (120, 0.8)]
+    record = {"accuracy": 0.8, "curve": [{"generated_tokens": t, "accuracy": a} for t, a in points]}
+    assert arm_report.final_accuracy(study, record) == pytest.approx(0.7)
+    assert arm_report.final_accuracy(replace(study, budget=0), record) == 0.8
+
+
 def test_report_has_the_differences_of_the_lines(run, study, tmp_path):
     run()
     records, _ = run_arms.finished(study, read(tmp_path))
@@ -157,9 +176,23 @@ def test_studies_name_their_own_arms_and_recipes():
 
 
 def test_findings_pair_runs_of_the_same_seeds_and_draw_them(tmp_path, monkeypatch):
+    def line(name, arm, seed, accuracy):
+        settings = run_arms.settings_hash(STUDIES[name], arm)
+        # At the budget, half way between the last two points, the accuracy is the one asked for.
+        points = [(0, 0.5), (STUDIES[name].budget - 9, accuracy - 0.1), (STUDIES[name].budget + 9, accuracy + 0.1)]
+        curve = [{"generated_tokens": t, "accuracy": a, "mean_thinking": 210.0} for t, a in points]
+        last = accuracy + 0.1 if STUDIES[name].budget else accuracy
+        return {
+            "arm": arm,
+            "seed": seed,
+            "settings": settings,
+            "accuracy": last,
+            "mean_thinking": 200.0,
+            "curve": curve,
+        }
+
     lines = [
-        {"arm": arm, "seed": seed, "settings": run_arms.settings_hash(STUDIES[name], arm), "accuracy": accuracy}
-        | {"mean_thinking": 200 * accuracy, "curve": [{"accuracy": 0.5, "mean_thinking": 210.0}]}
+        line(name, arm, seed, accuracy)
         for name, arm, seed, accuracy in [
             ("branching", "attention", 0, 0.61),
             ("branching", "attention", 1, 0.64),
@@ -175,7 +208,7 @@ def test_findings_pair_runs_of_the_same_seeds_and_draw_them(tmp_path, monkeypatc
         (tmp_path / f"{name}.jsonl").write_text("".join(mine))
     monkeypatch.setattr(findings, "RESULTS", tmp_path)
     records = findings.counted_runs("branching")
-    found = findings.differences(records, findings.PAIRS["branching"][1])
+    found = findings.differences(STUDIES["branching"], records, findings.PAIRS["branching"][1])
     assert list(found) == ["attention − random"]
     # Differences 1 and 3 points: mean 2, standard error 1; t with one degree is 12.7062 at 95 %.
     d = found["attention − random"]
