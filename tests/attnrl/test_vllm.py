@@ -54,8 +54,7 @@ def test_training_through_vllm(tmp_path, tiny_model_dir, tiny_tokenizer, arithme
     history = trainer.state.log_history
     differences = [e["sampling/sampling_logp_difference/mean"] for e in history if e.get("attnrl/rows_trained")]
     assert len(differences) >= 3
-    # Each token's two log-probs belong to the same policy: the difference is the engines' own, after large updates
-    # too.
-    assert max(differences) < 3 * differences[0]
-    assert max(differences) < 5e-3
+    # Each token's two log-probs belong to the same policy, after large updates too: the difference is that of sums in
+    # another order.
+    assert max(differences) < 1e-4
     assert all(e["attnrl/missing_sampling_logps"] == 0 for e in history if "attnrl/missing_sampling_logps" in e)

@@ -4,12 +4,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from trl.generation import vllm_generation as trl_vllm
 
 from attn_trainers.base import adapter_sync
-from attn_trainers.base.adapter_sync import adapter_engine, adapter_hindrance, check_tied_ends, lora_hindrance
+from attn_trainers.base.adapter_sync import adapter_hindrance, check_tied_ends, lora_hindrance
 from attn_trainers.base.config import LORA_SYNCS, MethodConfig
+from attn_trainers.base.engine import engine_settings
 from attn_trainers.tiny.arithmetic import build_model
 
 
@@ -105,11 +107,11 @@ def test_the_engine_is_built_for_the_way_that_was_chosen(
     config = LoraConfig(r=9, target_modules=["q_proj"], use_dora=hindered)
     trainer = SimpleNamespace(
         model=get_peft_model(build_model(tiny_tokenizer, 64, 2), config),
-        args=SimpleNamespace(lora_sync=lora_sync),
-        accelerator=SimpleNamespace(distributed_type="NO"),
+        args=SimpleNamespace(lora_sync=lora_sync, vllm_dtype="auto", bf16=False, fp16=False),
+        accelerator=SimpleNamespace(distributed_type="NO", device=torch.device("cpu")),
     )
     plain = trl_vllm.LLM
-    with caplog.at_level(logging.INFO), adapter_engine(trainer):
+    with caplog.at_level(logging.INFO), engine_settings(trainer):
         if built is None:
             with pytest.raises(ValueError, match="lora_sync='adapter' does not go here \\(use_dora=True"):
                 trl_vllm.LLM(model="m")
@@ -117,7 +119,7 @@ def test_the_engine_is_built_for_the_way_that_was_chosen(
             trl_vllm.LLM(model="m")
     assert trl_vllm.LLM is plain
     lora = {"enable_lora": True, "max_lora_rank": 16, "max_loras": 1} if built == "adapter" else {}
-    assert made == ([] if built is None else [(built, {"model": "m"} | lora)])
+    assert made == ([] if built is None else [(built, {"model": "m", "dtype": "float32"} | lora)])
     reason = {"plain": "merged into the weights: " + ("use_dora=True" if hindered else "lora_sync='merged'")}
     assert (reason.get(built, "as an adapter") in caplog.text) is (built is not None)
 
@@ -138,6 +140,12 @@ def test_every_value_is_taken_with_an_engine(tmp_path, lora_sync, vllm_mode):
     [
         ({"lora_sync": "fused"}, "lora_sync='fused' is unknown; set it to one of auto, adapter, merged"),
         ({"lora_sync": "adapter"}, "lora_sync='adapter' does not go with use_vllm=False"),
+        ({"vllm_dtype": "half"}, "vllm_dtype='half' is unknown; set it to one of auto, float32, bfloat16, float16"),
+        ({"vllm_dtype": "float16"}, "vllm_dtype='float16' is for an engine in the trainer's own process"),
+        (
+            {"vllm_dtype": "float16", "use_vllm": True, "vllm_mode": "server"},
+            "set it to 'auto' with use_vllm=True and vllm_mode='server' \\(a server has its own --dtype\\)",
+        ),
     ],
 )
 def test_other_values_are_refused_by_name(tmp_path, settings, message):

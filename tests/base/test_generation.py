@@ -231,16 +231,15 @@ def test_vllm_follows_the_weights_through_large_updates(make_trainer, monkeypatc
         patch.setattr("attn_trainers.sampling.vllm.admission_of", lambda *_: Admission(4, 16, 6))
         for held_back, result in zip(trainer.generate_requests(requests), results, strict=True):
             assert held_back.token_ids == result.token_ids
-            assert held_back.logps == pytest.approx(result.logps, abs=1e-2)  # bfloat16, in other batches
+            assert held_back.logps == pytest.approx(result.logps, abs=1e-4)  # sums in another order
     before = differences(trainer, requests, results)
     trainer.train()
     trainer._last_loaded_step = trainer.state.global_step  # an engine that missed the last updates ...
     stale = differences(trainer, requests, trainer.generate_requests(requests))
     trainer._last_loaded_step = -1  # ... and one that got them
     fresh = differences(trainer, requests, trainer.generate_requests(requests))
-    noise = 3 * (before.var() / len(before) + fresh.var() / len(fresh)).sqrt()
-    assert (fresh.mean() - before.mean()).abs() < noise + 1e-3
-    assert stale.mean() > 10 * fresh.mean()
+    assert before.max() < 1e-4 and fresh.max() < 1e-4  # the engine computes in float32, as the trainer does
+    assert stale.mean() > 0.01
     trainer.model.zero_grad()
 
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from attn_trainers.attnrl.steps import StepDelimiters
 from attn_trainers.sampling.models import (
+    computed_dtype,
     load_config,
     load_model,
     load_tokenizer,
@@ -25,6 +26,7 @@ from attn_trainers.sampling.models import (
     refuse_adapter,
     tokenizer_of,
 )
+from attn_trainers.tiny.arithmetic import build_model
 from attn_trainers.tiny.byte_model import build_byte_model
 
 
@@ -191,3 +193,31 @@ def test_positions_of_a_config(rope, expected):
 
 def test_a_config_without_positions_sets_no_limit():
     assert num_positions(MambaConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "capabilities", "computed"),
+    [
+        ("float32", "auto", {"avx512_bf16": True}, torch.float32),
+        ("bfloat16", "auto", {"avx512_bf16": True}, torch.bfloat16),
+        ("bfloat16", "auto", {"avx2": True}, torch.float32),
+        ("float16", "auto", {"avx512_bf16": True}, torch.float32),
+        ("bfloat16", "bfloat16", {"avx2": True}, torch.bfloat16),
+    ],
+)
+def test_a_cpu_without_instructions_for_a_dtype_computes_in_float32(
+    tmp_path, monkeypatch, tiny_tokenizer, saved, asked, capabilities, computed
+):
+    model = build_model(tiny_tokenizer, 32, 1).to(getattr(torch, saved))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computed_dtype(str(tmp_path), asked) == str(computed).removeprefix("torch.")
+    loaded = load_model(str(tmp_path), asked)
+    assert loaded.dtype == computed
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.to(computed))  # a wider dtype loses nothing
+
+
+def test_a_gpu_is_left_the_choice(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert computed_dtype("nowhere", "auto") == "auto"
