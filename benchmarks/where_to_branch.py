@@ -50,19 +50,47 @@ class Arguments(TinyArguments):
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How branch points are chosen.
+
+    Attributes:
+        name: in the table.
+        criterion: what steps are ranked by.
+        spacing: tokens between branch points of attention.
+        delta: Δ of the influence.
+    """
+
+    name: str
+    criterion: str
+    spacing: int
+    delta: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """A teacher's solution.
 
     Attributes:
         problem: text of the problem.
-        signals: what the model says of it, at the Δ that was asked for and at the published one.
+        signals: what the model says of it, by Δ.
         truth: of each step.
     """
 
     problem: str
-    signals: RolloutSignals
-    published: RolloutSignals
+    signals: dict[int, RolloutSignals]
     truth: list[StepTruth]
+
+    @property
+    def step_ranges(self) -> list[tuple[int, int]]:
+        """First token of each step and the one behind it, the same for every Δ."""
+        return next(iter(self.signals.values())).step_ranges
+
+
+def rules(args: Arguments) -> dict[str, Rule]:
+    """Every criterion as the arguments set it, and before them attention as published; by name."""
+    published = Rule("attention, Δ = 4, no spacing", "attention", 0, 4)
+    asked = [Rule(name, name, args.min_branch_spacing, args.influence_delta) for name in CRITERIA]
+    return {rule.name: rule for rule in (published, *asked)}
 
 
 def load(args: Arguments) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
@@ -83,24 +111,23 @@ def read_solutions(args: Arguments) -> list[Solution]:
     for problem in tqdm(task.problems(args.num_problems, PROBE_SEED), desc="Read", unit="solution"):
         prompt = tokenizer(problem.text + "<think>")["input_ids"]
         ids = tokenizer(write_dependencies(problem, rng, task.settings.teacher))["input_ids"]
-        signals, published = (
-            read_rollout(model, prompt, ids, delimiters, delta=delta) for delta in (args.influence_delta, 4)
-        )
-        texts = [tokenizer.decode(ids[start:end]) for start, end in signals.step_ranges]
-        found.append(Solution(problem.text, signals, published, read_truth(problem, texts)))
+        signals = {
+            rule.delta: read_rollout(model, prompt, ids, delimiters, delta=rule.delta) for rule in rules(args).values()
+        }
+        texts = [tokenizer.decode(ids[start:end]) for start, end in signals[args.influence_delta].step_ranges]
+        found.append(Solution(problem.text, signals, read_truth(problem, texts)))
     return found
 
 
-def branched_steps(args: Arguments, criterion: str, solution: Solution, seed: int) -> list[int]:
-    """Steps that a criterion branches at, or in. `published` is attention with Δ = 4 and no spacing."""
-    published = criterion == "published"
-    signals = solution.published if published else solution.signals
+def branched_steps(args: Arguments, rule: Rule, solution: Solution, seed: int) -> list[int]:
+    """Steps that a rule branches at, or in."""
+    signals = solution.signals[rule.delta]
     points = choose_branch_points(
-        "attention" if published else criterion,
+        rule.criterion,
         step_ranges=signals.step_ranges,
         num_points=args.num_branch_points,
         top_fraction=args.branch_top_fraction,
-        min_spacing=0 if published else args.min_branch_spacing,
+        min_spacing=rule.spacing,
         influence=signals.influence,
         entropies=signals.entropies,
         truth=[float(truth.matters) for truth in solution.truth],
@@ -112,17 +139,20 @@ def branched_steps(args: Arguments, criterion: str, solution: Solution, seed: in
 
 
 def table(args: Arguments, solutions: Sequence[Solution]) -> str:
-    """What each criterion's branch points are like, means over all of them."""
-    rows = []
-    for criterion in ("published", *CRITERIA):
-        chosen = [branched_steps(args, criterion, solution, i) for i, solution in enumerate(solutions)]
-        first = [branched_steps(args, "first_steps", solution, i) for i, solution in enumerate(solutions)]
-        pairs = [(solution, step) for solution, steps in zip(solutions, chosen, strict=True) for step in steps]
-        shared = sum(len(set(steps) & set(others)) for steps, others in zip(chosen, first, strict=True))
+    """What each rule's branch points are like, means over all of them."""
+
+    def steps(rule: Rule) -> list[list[int]]:
+        return [branched_steps(args, rule, solution, seed) for seed, solution in enumerate(solutions)]
+
+    rows, first = [], steps(rules(args)["first_steps"])
+    for name, rule in rules(args).items():
+        chosen = steps(rule)
+        pairs = [(solution, step) for solution, found in zip(solutions, chosen, strict=True) for step in found]
+        shared = sum(len(set(found) & set(others)) for found, others in zip(chosen, first, strict=True))
         truths = [solution.truth[step] for solution, step in pairs]
         rows.append(
             [
-                "attention, Δ = 4, no spacing" if criterion == "published" else criterion,
+                name,
                 f"{sum(step for _, step in pairs) / len(pairs):.1f}",
                 f"{shared / len(pairs):.0%}",
                 f"{sum(truth.needed for truth in truths) / len(pairs):.0%}",
@@ -136,19 +166,19 @@ def table(args: Arguments, solutions: Sequence[Solution]) -> str:
 def draw(args: Arguments, solution: Solution, path: Path) -> None:
     """One solution: its steps by influence and truth, and below them where each criterion branches."""
     figure, axis = plt.subplots(figsize=(11, 3.6))
-    ranges, peak = solution.signals.step_ranges, max(solution.signals.influence)
-    most = max(truth.num_descendants for truth in solution.truth)
-    for (start, end), influence, truth in zip(ranges, solution.signals.influence, solution.truth, strict=True):
+    ranges, values = solution.step_ranges, solution.signals[args.influence_delta].influence
+    peak, most = max(values), max(truth.num_descendants for truth in solution.truth)
+    for (start, end), influence, truth in zip(ranges, values, solution.truth, strict=True):
         axis.bar(start, influence / peak, width=end - start - 0.6, align="edge", color=BLUE, alpha=0.6)
         colour = VALUES(truth.num_descendants / most) if truth.needed else "#d0d0d0"
         axis.barh(-0.25, end - start - 0.6, left=start, height=0.3, color=colour, edgecolor=INK, linewidth=0.4)
         label = str(truth.num_descendants) if truth.needed else "–"
         axis.text((start + end) / 2, -0.25, label, ha="center", va="center", fontsize=7, color=INK)
-    for lane, criterion in enumerate(CRITERIA, start=1):
+    for lane, name in enumerate(CRITERIA, start=1):
         y = -0.25 - 0.38 * lane
         axis.axhline(y, color=INK, linewidth=0.4, alpha=0.4)
-        axis.text(-3, y, criterion, ha="right", va="center", fontsize=8, color=INK)
-        for step in branched_steps(args, criterion, solution, seed=0):
+        axis.text(-3, y, name, ha="right", va="center", fontsize=8, color=INK)
+        for step in branched_steps(args, rules(args)[name], solution, seed=0):
             axis.plot(ranges[step][0], y, marker="v", color=INK, markersize=7)
     axis.text(-3, -0.25, "descendants", ha="right", va="center", fontsize=8, color=INK)
     axis.text(-3, 0.5, "influence", ha="right", va="center", fontsize=8, color=INK)

@@ -21,7 +21,7 @@ from ..base.config import MethodConfig
 from ..base.credit import CreditMethod
 from ..base.report import Report
 from ..rewards import unverifiable_answers
-from ..sampling.models import num_positions
+from ..sampling.models import cpu_dtype, num_positions
 from ..sampling.problems import prompt_for, render_prompt
 from ..thinking import EndOfThinking, ThinkingTags
 from .engine import check_sampling
@@ -191,6 +191,16 @@ class Device:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         name = "this machine" if ranks == 1 else f"this machine, {ranks} ranks"
         return cls(name, psutil.virtual_memory().total, is_gpu=False, ranks=ranks)
+
+
+def check_precision(args: GRPOConfig, device: Device, report: Report) -> None:
+    """Mixed precision that a CPU has to emulate."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if getattr(args, name) and not device.is_gpu and cpu_dtype(dtype) != dtype:
+            report.warnings.append(
+                f"{name}=True: this CPU has no instructions for it and takes several times as long over a product as "
+                f"in float32; set {name}=False."
+            )
 
 
 def check_memory(
@@ -405,7 +415,9 @@ def preflight(
     check_lengths(args, max_prompt_length, config, report)
     check_sampling(args, max_prompt_length, report)
     setup = training_setup(args, model_args, config, max_prompt_length + args.max_completion_length)
-    check_memory(args, setup, config, Device.of(args), report)
+    device = Device.of(args)
+    check_precision(args, device, report)
+    check_memory(args, setup, config, device, report)
     check_disk(args, setup, config, report)
     check_vocabulary(args, tokenizer, report)
     report.heading("Method")

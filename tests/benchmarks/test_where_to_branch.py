@@ -23,19 +23,24 @@ def solutions(args):
     return where_to_branch.read_solutions(args)
 
 
-def test_first_steps_are_the_second_and_third_and_the_oracle_takes_steps_that_matter(args, solutions):
+@pytest.fixture(scope="module")
+def rules(args):
+    return where_to_branch.rules(args)
+
+
+def test_first_steps_are_the_second_and_third_and_the_oracle_takes_steps_that_matter(args, rules, solutions):
     assert len({solution.problem for solution in solutions}) == 6
     for seed, solution in enumerate(solutions):
-        assert where_to_branch.branched_steps(args, "first_steps", solution, seed) == [1, 2]
-        for step in where_to_branch.branched_steps(args, "oracle", solution, seed):
+        assert where_to_branch.branched_steps(args, rules["first_steps"], solution, seed) == [1, 2]
+        for step in where_to_branch.branched_steps(args, rules["oracle"], solution, seed):
             assert solution.truth[step].matters
 
 
-def test_attention_takes_steps_of_the_top_fifth_that_stand_apart(args, solutions):
+def test_attention_takes_steps_of_the_top_fifth_that_stand_apart(args, rules, solutions):
     whole = 0
     for solution in solutions:
-        ranges, influence = solution.signals.step_ranges, solution.signals.influence
-        first, second = where_to_branch.branched_steps(args, "attention", solution, 0)
+        ranges, influence = solution.step_ranges, solution.signals[args.influence_delta].influence
+        first, second = where_to_branch.branched_steps(args, rules["attention"], solution, 0)
         if first == 1:  # starts at token 10: too near, so one that fills up where candidates are missing
             continue
         whole += 1

@@ -3,8 +3,10 @@
 import json
 import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import T5Config
 from trl import ModelConfig
 from trl.trainer.utils import RepeatSampler
@@ -17,6 +19,7 @@ from attn_trainers.launch.preflight import (
     Report,
     check_disk,
     check_memory,
+    check_precision,
     check_vocabulary,
     leave_out,
     load_model_config,
@@ -299,6 +302,27 @@ def test_preflight_alone_trains_nothing_and_a_refusal_is_one_line(problems, tmp_
     monkeypatch.setattr(sys, "argv", [*command.split(), "--max_completion_length", "5000"])
     with refused_in_a_line(capsys, "^Refused: max_completion_length=5000"):
         runpy.run_path(recipe, run_name="__main__")
+
+
+# Precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "capabilities", "is_gpu", "warned"),
+    [
+        ({"bf16": True}, {"avx2": True}, False, ["bf16=True"]),
+        ({"bf16": True}, {"avx512_bf16": True}, False, []),
+        ({"bf16": True}, {"avx2": True}, True, []),
+        ({"bf16": False, "fp16": True}, {"avx512_bf16": True}, False, ["fp16=True"]),
+        ({"bf16": False}, {"avx2": True}, False, []),
+    ],
+)
+def test_precision_that_a_cpu_emulates_is_told(monkeypatch, settings, capabilities, is_gpu, warned):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    report = Report()
+    args = SimpleNamespace(**({"fp16": False} | settings))
+    check_precision(args, Device("it", GIB, is_gpu=is_gpu), report)
+    assert [w.split(":")[0] for w in report.warnings] == warned
 
 
 # vLLM -------------------------------------------------------------------------------------------------
