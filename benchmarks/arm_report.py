@@ -77,6 +77,15 @@ def curve_mean(record: dict, budget: int) -> float:
     return float(np.trapezoid(curve_values(record, "accuracy", tokens), tokens) / (budget - tokens[0]))
 
 
+def paired_seeds(records: Records, arm: str, other: str) -> list[int]:
+    """Seeds that both arms have, begun from the same model: warm starts of different CPUs differ, and so their first
+    accuracies.
+    """
+    first, second = records.get(arm, {}), records.get(other, {})
+    start = {seed: first[seed]["curve"][0]["accuracy"] for seed in sorted(first)}
+    return [seed for seed in start if seed in second and second[seed]["curve"][0]["accuracy"] == start[seed]]
+
+
 def shared_tokens(study: Study, records: Records) -> int:
     """The budget, or where there is none what the run with the fewest generated tokens sampled."""
     return study.budget or min(r["generated_tokens"] for runs in records.values() for r in runs.values())
@@ -122,7 +131,7 @@ def differences_table(study: Study, records: Records) -> str:
     }
     pairs = [(arm, other) for other in study.against for arm in study.arms if arm != other]
     for arm, other in pairs:
-        seeds = sorted(records.get(arm, {}).keys() & records.get(other, {}).keys())
+        seeds = paired_seeds(records, arm, other)
         for name, value in quantities.items() if seeds else ():
             bases = [records[other][seed] for seed in seeds]
             runs = [records[arm][seed] for seed in seeds]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from arm_report import Difference, Records, final_accuracy, paired_difference
+from arm_report import Difference, Records, final_accuracy, paired_difference, paired_seeds
 from run_arms import RESULTS, ROOT, finished, planned
 from studies import STUDIES, Study
 
@@ -47,7 +47,7 @@ def differences(study: Study, records: Records, pairs: Iterable[tuple[str, str]]
     """Accuracy (`final_accuracy`) in points, first arm minus second, of the pairs that have runs of the same seeds."""
     found = {}
     for arm, other in pairs:
-        seeds = sorted(records.get(arm, {}).keys() & records.get(other, {}).keys())
+        seeds = paired_seeds(records, arm, other)
         if seeds:
             values = [[100 * final_accuracy(study, records[name][seed]) for seed in seeds] for name in (other, arm)]
             found[f"{arm} − {other}"] = paired_difference(*values)

@@ -147,6 +147,18 @@ def test_accuracy_of_a_study_with_a_budget_is_read_at_the_budget(study):
     assert arm_report.final_accuracy(replace(study, budget=0), record) == 0.8
 
 
+def test_only_runs_from_the_same_model_are_paired():
+    def run(start):
+        return {"curve": [{"accuracy": start}]}
+
+    records = {
+        "a": {2: run(0.5), 0: run(0.5), 1: run(0.25)},
+        "b": {0: run(0.5), 1: run(0.5), 2: run(0.5), 3: run(0.5)},
+    }
+    assert arm_report.paired_seeds(records, "a", "b") == [0, 2]
+    assert arm_report.paired_seeds(records, "a", "c") == []
+
+
 def test_report_has_the_differences_of_the_lines(run, study, tmp_path):
     run()
     records, _ = run_arms.finished(study, read(tmp_path))
