@@ -55,10 +55,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     return Difference(mean, (float(interval.low), float(interval.high)), float(test.pvalue), count)
 
 
-def curve_values(record: dict, name: str, tokens: np.ndarray) -> np.ndarray:
-    """A run's curve at counts of generated tokens, linear between its points."""
+def curve_values(record: dict, name: str, at: np.ndarray, over: str = "generated_tokens") -> np.ndarray:
+    """A run's curve at counts of generated tokens (or of updates), linear between its points."""
     points = record["curve"]
-    return np.interp(tokens, [p["generated_tokens"] for p in points], [p[name] for p in points])
+    return np.interp(at, [p[over] for p in points], [p[name] for p in points])
 
 
 def final_accuracy(study: Study, record: dict) -> float:
@@ -129,6 +129,11 @@ def differences_table(study: Study, records: Records) -> str:
         "mean over the run, points": lambda r, _: 100 * curve_mean(r, budget),
         "thinking tokens, % of the second's": lambda r, base: 100 * r["mean_thinking"] / base["mean_thinking"],
     }
+    if study.budget:  # arms make different numbers of updates
+        updates = min(r["updates"] for runs in records.values() for r in runs.values())
+        quantities[f"accuracy after {updates} updates, points"] = lambda r, _: (
+            100 * float(curve_values(r, "accuracy", np.array([updates]), "updates")[0])
+        )
     pairs = [(arm, other) for other in study.against for arm in study.arms if arm != other]
     for arm, other in pairs:
         seeds = paired_seeds(records, arm, other)

@@ -1,11 +1,12 @@
 r"""Tokens per second of vLLM with seeded requests, as evaluation draws them: in groups, and with admission.
 
-    python benchmarks/sampling_speed.py --model MODEL --data FILE.jsonl [--problems 32] [--bind auto nobind]
+    python benchmarks/sampling_speed.py --model MODEL --data FILE.jsonl [--problems 32] [--bind auto nobind] \
+        [--dtype auto bfloat16]
 
 In groups, a call to the engine holds as many prompts as one step of it takes, and the next call waits for the longest
-answer; with admission a request is taken as soon as there is room. Each setting of `VLLM_CPU_OMP_THREADS_BIND` is
-measured in a process of its own, since an engine binds its threads for good; the two ways take turns in one engine,
-after a short round that warms it up.
+answer; with admission a request is taken as soon as there is room. Each setting of `VLLM_CPU_OMP_THREADS_BIND` and
+each dtype is measured in a process of its own, since an engine binds its threads for good; the two ways take turns in
+one engine, after a short round that warms it up.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, product
 
 from attn_trainers.sampling.models import tokenizer_of
 from attn_trainers.sampling.problems import STEP_BY_STEP, load_problems, prompt_token_ids, request_seed
@@ -61,7 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
         for i, row in enumerate(problems)
     ]
     length = max(len(request.prompt_ids) for request in requests) + args.tokens
-    llm = engine_of(args.model, SamplingSettings(), length)
+    llm = engine_of(args.model, SamplingSettings(dtype=args.dtype[0]), length)
     settings = {"temperature": 0.6, "stop_token_ids": [tokenizer.eos_token_id], "detokenize": False}
     list(run_requests(llm, [GenerationRequest(requests[0].prompt_ids, 8, 0)], settings, on_cpu=True))
     ways: dict[str, Sampler] = {"groups": in_groups, "admission": with_admission}
@@ -88,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, help="limit of each answer")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of each way")
     parser.add_argument("--bind", nargs="+", default=["auto"], help="values of VLLM_CPU_OMP_THREADS_BIND")
+    parser.add_argument("--dtype", nargs="+", default=["auto"], help="what the engine computes in, as in evaluation")
     parser.add_argument("--one", action="store_true", help="measure here, under the environment as it is")
     return parser.parse_args()
 
@@ -99,8 +101,8 @@ def main() -> None:
         sys.stdout.flush()
         return
     table = []
-    for bind in args.bind:
-        command = [sys.executable, __file__, "--one", "--model", args.model, "--data", args.data]
+    for bind, dtype in product(args.bind, args.dtype):
+        command = [sys.executable, __file__, "--one", "--model", args.model, "--data", args.data, "--dtype", dtype]
         command += [f"--{name}={getattr(args, name)}" for name in ("problems", "tokens", "rounds")]
         # Without binding, threads are as many as this variable says; a number there is no part of the comparison.
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -111,8 +113,8 @@ def main() -> None:
         means = {name: sum(values) / len(values) for name, values in rates.items()}
         ranges = {name: f"{means[name]:.0f} ({min(rates[name]):.0f}-{max(rates[name]):.0f})" for name in means}
         ratio = f"{means['admission'] / means['groups']:.2f}"
-        table.append([bind, ranges["groups"], ranges["admission"], ratio, f"{means['same']:.0%}"])
-    print(markdown_table(["bind", "groups, tokens/s", "admission, tokens/s", "ratio", "same answers"], table))
+        table.append([bind, dtype, ranges["groups"], ranges["admission"], ratio, f"{means['same']:.0%}"])
+    print(markdown_table(["bind", "dtype", "groups, tokens/s", "admission, tokens/s", "ratio", "same answers"], table))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,9 @@ def test_report_has_the_differences_of_the_lines(run, study, tmp_path):
     text = arm_report.write_report("study", study, records, tmp_path)
     # Equal differences have no spread, so no interval. Mean over the run: half the gain of a straight line.
     assert "better − plain" in text and "| +20.0      | –             | –" in text
+    assert "accuracy after 10 updates, points" in text
+    # Points at 0 and 10 updates.
+    assert arm_report.curve_values(records["plain"][1], "accuracy", 5, "updates") == pytest.approx(0.4 + 0.11 / 2)
     assert arm_report.curve_mean(records["plain"][1], 100) == pytest.approx(0.4 + 0.11 / 2)
     assert arm_report.curve_mean(records["plain"][1], 50) == pytest.approx(0.4 + 0.11 / 4)
     assert (tmp_path / "study.png").stat().st_size > 20_000
