@@ -115,7 +115,8 @@ def test_a_smoke_run_measures_records_and_goes_on(capsys, tmp_path, monkeypatch)
     records = json.loads((tmp_path / "results.json").read_text())["checks"]
     assert records["capture_sdpa"]["status"] == "pass"
     error, changed = records["capture_sdpa"]["findings"]
-    assert 0 < error["measured"] < 1e-4 and changed["measured"] == 0
+    # With one thread some CPUs sum in the order of eager attention, and nothing is left.
+    assert 0 <= error["measured"] < 1e-4 and changed["measured"] == 0
     assert records["sleep_and_wake"]["status"] == "skipped"
     assert "| capture_sdpa" in printed and printed.strip() == (tmp_path / "results.md").read_text().strip()
     monkeypatch.setattr(gpu_run, "run_worker", lambda *_: pytest.fail("what was measured is kept"))
