@@ -108,12 +108,11 @@ def read_solutions(args: Arguments) -> list[Solution]:
     model, tokenizer = load(args)
     task, rng, found = task_of(args), random.Random(PROBE_SEED), []
     delimiters = StepDelimiters.from_tokenizer(tokenizer)
+    deltas = {rule.delta for rule in rules(args).values()}
     for problem in tqdm(task.problems(args.num_problems, PROBE_SEED), desc="Read", unit="solution"):
         prompt = tokenizer(problem.text + "<think>")["input_ids"]
         ids = tokenizer(write_dependencies(problem, rng, task.settings.teacher))["input_ids"]
-        signals = {
-            rule.delta: read_rollout(model, prompt, ids, delimiters, delta=rule.delta) for rule in rules(args).values()
-        }
+        signals = {delta: read_rollout(model, prompt, ids, delimiters, delta=delta) for delta in deltas}
         texts = [tokenizer.decode(ids[start:end]) for start, end in signals[args.influence_delta].step_ranges]
         found.append(Solution(problem.text, signals, read_truth(problem, texts)))
     return found
